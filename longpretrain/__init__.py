@@ -1,0 +1,1 @@
+"""Longformer pretraining: long attention, exact distributed training, conversion."""
