@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+''':'
+# launch.sh RECIPE [key=value ...] [--fresh] [--dry-run]    starts all ranks of `longpretrain train`
+#   RANKS=2           how many (default: one per GPU; one without GPUs; in a Slurm allocation its tasks)
+#   LAUNCHER=...      deepspeed (default), torchrun, mpirun, srun (default in a Slurm allocation)
+#   MASTER_PORT=...   where ranks meet (default: a free port)
+# A rank that a launcher starts runs this same file as Python: see below.
+set -euo pipefail
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+export PATH="$here/.venv/bin:$PATH" PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+for mark in LOCAL_RANK SLURM_STEP_ID PMI_RANK OMPI_COMM_WORLD_RANK; do
+    [[ -z ${!mark:-} ]] || exec python -u "$here/launch.sh" "$@"
+done
+
+gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
+[[ $gpus -gt 0 ]] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+LAUNCHER=${LAUNCHER:-$([[ -n ${SLURM_JOB_ID:-} ]] && echo srun || echo deepspeed)}
+[[ $LAUNCHER != srun ]] || RANKS=${RANKS:-${SLURM_NTASKS:-1}}
+RANKS=${RANKS:-$((gpus > 0 ? gpus : 1))}
+export LONGPRETRAIN_WORLD_SIZE=$RANKS
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > RANKS ? $(nproc) / RANKS : 1))}
+port=${MASTER_PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+case $LAUNCHER in
+    deepspeed) start=(deepspeed --quiet --num_accelerators "$RANKS" --master_port "$port" "$here/launch.sh") ;;
+    torchrun) start=(torchrun --nproc-per-node "$RANKS" --master-port "$port" "$here/launch.sh") ;;
+    mpirun) start=(mpirun -n "$RANKS" "$here/launch.sh") ;;
+    srun) start=(srun --kill-on-bad-exit=1 --ntasks "$RANKS" "$here/launch.sh") ;;
+    *) echo "launch.sh: LAUNCHER: got $LAUNCHER; wanted deepspeed, torchrun, mpirun or srun" >&2; exit 2 ;;
+esac
+if [[ " $* " == *" --dry-run "* ]]; then
+    printf '%q ' "${start[@]}" "$@"; echo
+    exec python -m longpretrain train "$@"
+fi
+python -m longpretrain train --check "$@" || exit
+
+# The deepspeed launcher dies of USR1 and kills its ranks at TERM: there, what asks to stop goes to the
+# ranks alone, which then leave a checkpoint. All of them are in a process group of their own.
+set -m
+"${start[@]}" "$@" &
+group=$!
+# shellcheck disable=SC2329  # the traps call it
+stop() {
+    case $LAUNCHER in
+        deepspeed) pkill "-$1" -g "$group" -f -- "-u $here/launch.sh" || true ;;
+        torchrun) kill -TERM "$group" ;;
+        *) kill "-$1" "$group" ;;
+    esac
+}
+trap 'stop INT' INT
+trap 'stop TERM' TERM
+trap 'stop USR1' USR1
+code=0
+wait $group || code=$?
+while kill -0 $group 2>/dev/null; do code=0; wait $group || code=$?; done
+exit $code
+# shellcheck disable=SC2317  # the here-document hides the Python part from bash
+: <<'pass'
+'''
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+if __name__ == "__main__":
+    from longpretrain.cli import main
+
+    arguments = [a for a in sys.argv[1:] if not a.startswith(("--local_rank=", "--local-rank="))]
+    sys.exit(main(["train", *arguments]))
+pass

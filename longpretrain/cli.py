@@ -1,0 +1,304 @@
+"""The command line: ``longpretrain VERB``. Parses and wires, nothing else.
+
+Heavy packages are imported by the verb that needs them, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from longpretrain.errors import InputError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns its exit code: 0 done, 2 bad input, 75 preempted, 1 anything else."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse gives up on key=value after a flag (RECIPE --fresh key=value); they are welcome there.
+    if rest and (options.verb != "train" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unknown arguments: {' '.join(rest)}; see longpretrain {options.verb} --help")
+    options.overrides = [*getattr(options, "overrides", ()), *rest]
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return run(options)
+    except InputError as error:
+        rank = os.environ.get("RANK", "0")
+        place = f" (rank {rank})" if rank != "0" else ""
+        print(f"longpretrain {options.verb}{place}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"longpretrain {options.verb}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="longpretrain", description="Long documents for RoBERTa: convert, pretrain, export."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for add in (
+        _add_convert,
+        _add_prepare,
+        _add_train,
+        _add_evaluate,
+        _add_export,
+        _add_verify,
+        _add_report,
+    ):
+        add(verbs)
+    return parser
+
+
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def _verb(
+    verbs: Verbs, name: str, does: str, example: str, run: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        name, help=does, description=does, epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_convert(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "convert", "Make a long model of a RoBERTa folder.",
+        "longpretrain convert models/roberta-base models/long --positions 4096 --attention-window 512",
+        _convert,
+    )  # fmt: skip
+    parser.add_argument("source", type=Path, help="Hugging Face RoBERTa or Longformer folder")
+    parser.add_argument("target", type=Path, help="folder to write")
+    parser.add_argument(
+        "--positions", type=int, default=4096, help="longest sequence, in tokens (4096)"
+    )
+    parser.add_argument(
+        "--attention-window", type=_integers, default=[512], metavar="W[,W...]",
+        help="total window, even: one number, or one per layer (512)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--init", choices=("copy", "random", "interpolate"), default="copy",
+        help="where the new positions come from (copy)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=1, help="of --init random (1)")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from longpretrain.convert.lengthen import convert
+
+    report = convert(
+        options.source, options.target, positions=options.positions,
+        attention_window=_one_or_list(options.attention_window), init=options.init, seed=options.seed,
+    )  # fmt: skip
+    print(report)
+    return 0
+
+
+def _add_prepare(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "prepare", "Turn text into token shards.",
+        "longpretrain prepare books/ news.jsonl --out data/train --workers 8", _prepare,
+    )  # fmt: skip
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        type=Path,
+        metavar="INPUT",
+        help=".txt or .jsonl files, or folders of them",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder with a tokenizer (RoBERTa's BPE, which is built in)"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes (1)")
+    parser.add_argument(
+        "--documents", choices=("auto", "file", "blank-line"), default="auto",
+        help="what a document is in .txt: a file, or what stands between blank lines",
+    )  # fmt: skip
+    parser.add_argument(
+        "--field", default="text", help="the field of .jsonl that holds the text (text)"
+    )
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from longpretrain.data.prepare import prepare
+
+    with _bar("prepare") as progress:
+        manifest = prepare(
+            options.inputs,
+            options.out,
+            tokenizer_folder=options.tokenizer,
+            workers=options.workers,
+            documents=options.documents,
+            field=options.field,
+            progress=progress,
+        )
+    print(
+        f"{options.out}: {manifest.documents:,} documents, {manifest.tokens:,} tokens "
+        f"({manifest.empty_documents:,} empty documents left out)"
+    )
+    return 0
+
+
+@contextlib.contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, for verbs that tell (done, total)."""
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit_scale=True, disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def _add_train(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "train", "Run one rank of a run (alone: the only one); ./launch.sh starts many. Continues an unfinished run.",
+        "longpretrain train roberta-base-4096 model.path=models/long optim.lr=1e-5", _train,
+    )  # fmt: skip
+    parser.add_argument("recipe", help="a packaged recipe's name, or a YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe keys to set otherwise"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="move an old run of this folder aside and start anew"
+    )
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--check", action="store_true", help="check the inputs and stop")
+    only.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    only.add_argument("--print-run-dir", action="store_true", help="print the run folder and stop")
+
+
+def _train(options: argparse.Namespace) -> int:
+    from longpretrain.config import load_recipe, to_tree
+
+    config = load_recipe(options.recipe, options.overrides)
+    if options.print_run_dir:
+        print(config.run_dir)
+        return 0
+    if options.dry_run:
+        import yaml
+
+        print(yaml.safe_dump(to_tree(config), sort_keys=False), end="")
+        return 0
+    from longpretrain import training
+
+    if options.check:
+        from longpretrain.ranks import EXPECTED_WORLD_SIZE
+
+        training.check(config, int(os.environ.get(EXPECTED_WORLD_SIZE, "1")), fresh=options.fresh)
+        return 0
+    return training.run_rank(config, fresh=options.fresh)
+
+
+def _add_evaluate(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "evaluate", "Bits per masked token on held-out documents.",
+        "longpretrain evaluate runs/demo --data data/valid --max-tokens 512,4096", _evaluate,
+    )  # fmt: skip
+    parser.add_argument("model", type=Path, help="model folder, checkpoint or run folder")
+    parser.add_argument("--data", type=Path, required=True, help="folder of held-out shards")
+    parser.add_argument(
+        "--max-tokens",
+        type=_integers,
+        default=[512, 4096],
+        metavar="N[,N...]",
+        help="lengths to score at (512,4096)",
+    )
+    parser.add_argument(
+        "--sequences", type=int, help="at most this many sequences of each length (all)"
+    )
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from longpretrain.evaluate.masked_bits import evaluate
+
+    result = evaluate(
+        options.model, options.data, max_tokens=options.max_tokens, sequences=options.sequences,
+        json_path=options.json,
+    )  # fmt: skip
+    print(result.table())
+    return 0
+
+
+def _add_export(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "export", "Write a run's newest weights as a folder that transformers loads.",
+        "longpretrain export runs/demo exported", _export,
+    )  # fmt: skip
+    parser.add_argument("source", type=Path, help="run folder, checkpoint or model folder")
+    parser.add_argument("target", type=Path, help="folder to write")
+    parser.add_argument("--format", choices=("hf",), default="hf", help="hf: Hugging Face")
+
+
+def _export(options: argparse.Namespace) -> int:
+    from longpretrain.convert.write import export
+
+    export(options.source, options.target, format=options.format)
+    print(f"wrote {options.target}")
+    return 0
+
+
+def _add_verify(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "verify", "Compare a model folder with what transformers makes of it, or two folders.",
+        "longpretrain verify exported", _verify,
+    )  # fmt: skip
+    parser.add_argument("folder", type=Path, metavar="A", help="model folder")
+    parser.add_argument(
+        "other", type=Path, nargs="?", metavar="B", help="another one, to compare tensor by tensor"
+    )
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from longpretrain.convert.verify import verify
+
+    report = verify(options.folder, options.other)
+    print(report)
+    return 0 if report.ok else 1
+
+
+def _add_report(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs,
+        "report",
+        "Write one HTML page with a run's curves.",
+        "longpretrain report runs/demo",
+        _report,
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
+
+
+def _report(options: argparse.Namespace) -> int:
+    from longpretrain.report.html import write_report
+
+    print(f"wrote {write_report(options.run_dir)}")
+    return 0
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; wanted whole numbers with commas, such as 512 or 512,4096"
+        ) from None
+
+
+def _one_or_list(numbers: list[int]) -> int | list[int]:
+    return numbers[0] if len(numbers) == 1 else numbers

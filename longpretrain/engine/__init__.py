@@ -1,0 +1,1 @@
+"""The training engine: a loop over a task, DeepSpeed ZeRO, checkpoints, signals."""

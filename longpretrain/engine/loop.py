@@ -1,0 +1,343 @@
+"""The training loop: reads top to bottom. It knows a task only through its Protocol.
+
+One update: collate every micro-batch of the step, count its predictions over all ranks, then run
+forward and backward with the loss scaled by that one count, then step. The result does not depend
+on how the batch was cut into ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from longpretrain.config import Config, to_tree
+from longpretrain.engine import checkpoint
+from longpretrain.schedule import learning_rate
+from longpretrain.engine.signals import StopRequest
+from longpretrain.engine.task import Batch, Task
+from longpretrain.engine.zero import StepResult, ZeroEngine
+from longpretrain.errors import InputError
+from longpretrain.ranks import Ranks
+from longpretrain.report.metrics import MetricsLog
+
+MAX_SKIPPED_IN_A_ROW = 20
+
+Evaluate = Callable[[ZeroEngine], tuple[float, int]]
+"""Scores held-out data with all ranks: (summed nats, masked tokens), the same on each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended: ``state`` is done or preempted."""
+
+    state: str
+    reason: str
+    step: int
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint must hold beside tensors; plain numbers."""
+
+    step: int = 0
+    samples_done: int = 0
+    skipped: int = 0
+
+    def advance(self, config: Config, *, applied: bool) -> None:
+        self.step += 1
+        self.samples_done += config.batch.global_sequences
+        self.skipped += not applied
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Update:
+    """What one update did, the same on every rank; loss is the mean in nats per masked token."""
+
+    loss: float
+    result: StepResult
+    masked_tokens: int
+    tokens: int
+    stop_asked: bool
+
+
+def accumulation_steps(config: Config, world_size: int) -> int:
+    """Micro-batches per rank and update.
+
+    Raises:
+        InputError: the global batch cannot be made of ranks x micro-batches; names sizes that can.
+    """
+    each = world_size * config.batch.micro_sequences
+    wanted = config.batch.global_sequences
+    if wanted % each:
+        sizes = [each * n for n in range(max(1, wanted // each - 1), wanted // each + 3)]
+        micro = [m for m in range(1, wanted + 1) if wanted % (world_size * m) == 0]
+        way_out = f"batch.global_sequences could be {', '.join(map(str, sizes))}"
+        if micro:
+            way_out += f"; or batch.micro_sequences {', '.join(map(str, micro))}"
+        raise InputError(
+            "recipe key batch.global_sequences", got=wanted,
+            wanted=f"a multiple of {world_size} ranks x {config.batch.micro_sequences} = {each}",
+            way_out=way_out + ".",
+        )  # fmt: skip
+    return wanted // each
+
+
+def train(
+    config: Config,
+    task: Task,
+    model: nn.Module,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    metrics: MetricsLog,
+    resume_from: Path | None = None,
+    evaluate: Evaluate | None = None,
+) -> Outcome:
+    """Runs updates until the schedule ends or a signal asks to stop, then leaves a checkpoint.
+
+    The process group must be up (``zero.start_ranks``). All ranks call it and all return the same.
+
+    Args:
+        config: the run.
+        task: the objective and its samples.
+        model: fp32 on the CPU, with the weights of ``resume_from`` or of the folder to start from.
+        ranks: this process's place.
+        device: where the model runs.
+        metrics: the journal; writes on rank 0 only.
+        resume_from: the checkpoint that the weights are of; None starts at step 0.
+        evaluate: scores held-out data every ``evaluate.every_steps`` updates.
+
+    Raises:
+        InputError: the batch does not divide, or a checkpoint lacks a moment.
+        FloatingPointError: too many updates in a row had a non-finite gradient.
+    """
+    accumulation = accumulation_steps(config, ranks.world_size)
+    engine, progress = _start(config, model, device, accumulation, resume_from)
+    total = config.schedule.total_steps
+    saved_step, saved_at = progress.step, time.monotonic()
+    skipped_in_a_row = 0
+    with StopRequest() as stop, _Prefetch(config, task, ranks, accumulation) as batches:
+        while progress.step < total:
+            step = progress.step + 1
+            started = time.monotonic()
+            micro_batches = batches.get(step)
+            waited_s = time.monotonic() - started
+            _seed_dropout(config.run.seed, step, ranks.rank)
+            engine.set_learning_rate(learning_rate(step, config.optim.lr, config.schedule))
+            update = _update(engine, task, micro_batches, device, stop_asked=stop.asked)
+            progress.advance(config, applied=update.result.applied)
+            _log_update(metrics, config, task, progress, update, waited_s, started)
+            skipped_in_a_row = 0 if update.result.applied else skipped_in_a_row + 1
+            _check_skipped(skipped_in_a_row, step)
+            if evaluate and _is_due(step, config.evaluate.every_steps, total):
+                _log_evaluation(metrics, step, evaluate, engine)
+            if update.stop_asked or _checkpoint_due(config, step, saved_at):
+                _save(config, engine, task, progress, metrics)
+                saved_step, saved_at = step, time.monotonic()
+            if update.stop_asked and step < total:
+                reason = stop.signal_name or "a signal at another rank"
+                return Outcome(state="preempted", reason=reason, step=step)
+    if saved_step < progress.step:
+        _save(config, engine, task, progress, metrics)
+    return Outcome(state="done", reason=f"all {total} updates", step=progress.step)
+
+
+def _start(
+    config: Config,
+    model: nn.Module,
+    device: torch.device,
+    accumulation: int,
+    resume_from: Path | None,
+) -> tuple[ZeroEngine, _Progress]:
+    # DeepSpeed makes its fp32 masters from the rounded copies: keep the exact ones to set after.
+    exact = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    engine = ZeroEngine(model.to(device), config, accumulation=accumulation)
+    if config.precision != "fp32":
+        engine.set_weights(exact.__getitem__)
+    del exact
+    engine.train()
+    if resume_from is None:
+        return engine, _Progress()
+    checkpoint.restore_moments(engine, resume_from)
+    state = checkpoint.read_state(resume_from)
+    return engine, _Progress(
+        step=state["step"], samples_done=state["samples_done"], skipped=state["skipped"]
+    )
+
+
+def _update(
+    engine: ZeroEngine,
+    task: Task,
+    micro_batches: list[Batch],
+    device: torch.device,
+    *,
+    stop_asked: bool,
+) -> _Update:
+    """One update over all micro-batches of all ranks."""
+    sums = _sum_over_ranks(
+        {
+            "count": sum(task.count(batch) for batch in micro_batches),
+            "tokens": sum(task.tokens(batch) for batch in micro_batches),
+            "stop": float(stop_asked),
+        },
+        device,
+    )
+    count = max(sums["count"], 1.0)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for number, batch in enumerate(micro_batches, start=1):
+        loss = task.loss(engine, {key: value.to(device) for key, value in batch.items()})
+        loss_sum += loss.detach().double()
+        engine.backward(loss / count)
+        if number < len(micro_batches):
+            engine.micro_step()
+    result = engine.step()
+    dist.all_reduce(loss_sum)
+    return _Update(
+        loss=float(loss_sum) / count,
+        result=result,
+        masked_tokens=int(sums["count"]),
+        tokens=int(sums["tokens"]),
+        stop_asked=sums["stop"] > 0,
+    )
+
+
+def _sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    vector = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(vector)
+    return dict(zip(values, vector.tolist(), strict=True))
+
+
+def _seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Hidden dropout draws from torch's generator: the same numbers whether a run was resumed or not."""
+    torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + rank)
+
+
+def _checkpoint_due(config: Config, step: int, saved_at: float) -> bool:
+    settings = config.checkpoint
+    by_step = settings.every_steps and step % settings.every_steps == 0
+    by_time = False
+    if settings.every_minutes:  # clocks differ: rank 0's decides
+        due = torch.tensor([float(time.monotonic() - saved_at >= settings.every_minutes * 60)])
+        if dist.get_backend() == "nccl":
+            due = due.cuda()
+        dist.broadcast(due, src=0)
+        by_time = bool(due.item())
+    return bool(by_step) or by_time
+
+
+def _is_due(step: int, every: int, total: int) -> bool:
+    return bool(every) and (step % every == 0 or step == total)
+
+
+def _check_skipped(in_a_row: int, step: int) -> None:
+    if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise FloatingPointError(
+            f"{in_a_row} updates in a row had a non-finite gradient (to step {step}); none reached "
+            "the weights. Lower optim.lr, set optim.clip_norm or use precision=bf16, and run again."
+        )
+
+
+def _log_update(
+    metrics: MetricsLog,
+    config: Config,
+    task: Task,
+    progress: _Progress,
+    update: _Update,
+    waited_s: float,
+    started: float,
+) -> None:
+    metrics.report(
+        {
+            "kind": "train",
+            "step": progress.step,
+            "epoch": task.epoch(progress.samples_done - 1),
+            "samples": progress.samples_done,
+            "loss": update.loss,
+            "lr": learning_rate(progress.step, config.optim.lr, config.schedule),
+            "grad_norm": update.result.grad_norm,
+            "masked_tokens": update.masked_tokens,
+            "tokens": update.tokens,
+            "skipped": progress.skipped,
+            "step_s": time.monotonic() - started,
+            "data_wait_s": waited_s,
+        }
+    )
+
+
+def _log_evaluation(metrics: MetricsLog, step: int, evaluate: Evaluate, engine: ZeroEngine) -> None:
+    started = time.monotonic()
+    engine.train(False)
+    nats, count = evaluate(engine)
+    engine.train()
+    metrics.report(
+        {
+            "kind": "evaluation",
+            "step": step,
+            "loss": nats / max(count, 1),
+            "masked_tokens": count,
+            "evaluation_s": time.monotonic() - started,
+        }
+    )
+
+
+def _save(
+    config: Config, engine: ZeroEngine, task: Task, progress: _Progress, metrics: MetricsLog
+) -> None:
+    started = time.monotonic()
+    state = {
+        **dataclasses.asdict(progress),
+        "updates_applied": engine.updates_applied,
+        "global_tokens": config.model.global_tokens,
+        "world_size": dist.get_world_size(),
+        "recipe": to_tree(config),
+    }
+    metrics.sync()
+    folder = checkpoint.save(config.run_dir, engine, task, state, config.checkpoint.keep)
+    took_s = time.monotonic() - started
+    event = f"checkpoint {folder.name} in {took_s:.1f} s"
+    metrics.report({"kind": "event", "step": progress.step, "event": event})
+
+
+class _Prefetch:
+    """Collates the next update's micro-batches in a thread while this one runs."""
+
+    def __init__(self, config: Config, task: Task, ranks: Ranks, accumulation: int) -> None:
+        self._config = config
+        self._task = task
+        self._ranks = ranks
+        self._accumulation = accumulation
+        self._next: tuple[int, Future[list[Batch]]] | None = None
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="collate")
+
+    def __enter__(self) -> _Prefetch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def get(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of update ``step``; starts on those of the next."""
+        ready = self._next if self._next and self._next[0] == step else None
+        batches = ready[1].result() if ready else self._collate(step)
+        self._next = (step + 1, self._pool.submit(self._collate, step + 1))
+        return batches
+
+    def _collate(self, step: int) -> list[Batch]:
+        numbers = self._numbers(step)
+        return [self._task.collate([self._task.sample(n) for n in group]) for group in numbers]
+
+    def _numbers(self, step: int) -> Iterator[range]:
+        """Update ``step`` owns the next ``global_sequences`` numbers; micro-batches interleave the ranks."""
+        micro = self._config.batch.micro_sequences
+        first = (step - 1) * self._config.batch.global_sequences
+        for number in range(self._accumulation):
+            start = first + (number * self._ranks.world_size + self._ranks.rank) * micro
+            yield range(start, start + micro)

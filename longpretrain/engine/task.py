@@ -1,0 +1,56 @@
+"""What the loop knows of a task: this Protocol and nothing else (no fairseq, no model, no data)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+Batch = dict[str, torch.Tensor]
+"""Tensors of one micro-batch, moved to the device by the loop."""
+
+
+class Task(Protocol):
+    """A training objective over an endless, numbered list of samples.
+
+    Everything about sample ``number`` follows from the number and the run's seed: never from the
+    rank, the worker or the place in the batch. So the cursor of a run is one integer.
+    """
+
+    def build_model(self, folder: Path) -> nn.Module:
+        """The model with the weights of a model folder, in fp32 on the CPU."""
+        ...
+
+    def sample(self, number: int) -> Any:
+        """Sample ``number`` = 0, 1, 2, ... without end."""
+        ...
+
+    def collate(self, samples: list[Any]) -> Batch:
+        """One micro-batch."""
+        ...
+
+    def count(self, batch: Batch) -> int:
+        """How many predictions the batch's loss sums over."""
+        ...
+
+    def tokens(self, batch: Batch) -> int:
+        """Input tokens in the batch, padding excluded."""
+        ...
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        """The loss in nats, summed over the batch's predictions, fp32."""
+        ...
+
+    def epoch(self, number: int) -> int:
+        """The pass over the corpus that sample ``number`` belongs to, from 0."""
+        ...
+
+    def stored_names(self, parameter: str) -> tuple[str, ...]:
+        """Names under which a checkpoint stores a trained parameter; the first one is read back."""
+        ...
+
+    def write_model_files(self, folder: Path) -> None:
+        """Writes what makes a folder of weights a model folder: config.json and the tokenizer."""
+        ...

@@ -1,0 +1,331 @@
+"""DeepSpeed, behind the few things the loop needs. The only file that imports deepspeed.
+
+What is ours here and not left to DeepSpeed (0.19.8; each has a test):
+
+* Master weights start from the folder's fp32 values. DeepSpeed starts them from the rounded bf16 copy.
+* Moments are restored through its per-parameter functions, so stage and world size may change.
+* A non-finite gradient is never applied. DeepSpeed does apply one in fp32 at stage 0.
+* Only parameters that train are handed over: others would be decayed.
+* bf16 at stage 0 is refused: it runs a hidden optimizer step when it starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import nn
+
+from longpretrain.config import Config
+from longpretrain.schedule import parameter_groups
+from longpretrain.errors import InputError
+from longpretrain.ranks import Ranks, publish
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# Numbers that a recipe owns, and where. One home per number: in a ds_configs file they are refused.
+OWNED_BY_RECIPE = {
+    "train_batch_size": "batch.global_sequences",
+    "train_micro_batch_size_per_gpu": "batch.micro_sequences",
+    "gradient_accumulation_steps": "batch.global_sequences",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "optim.lr and its neighbours",
+    "scheduler": "schedule.total_steps and its neighbours",
+    "fp16": "precision",
+    "bf16": "precision",
+    "bfloat16": "precision",
+    "amp": "precision",
+    "torch_autocast": "precision",
+    "data_types": "precision",
+    "steps_per_print": "log.every_steps",
+    "tensorboard": "log.tensorboard",
+    "activation_checkpointing": "activation_checkpointing",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What an update did: whether it reached the weights, and the norm of the whole gradient before clipping."""
+
+    applied: bool
+    grad_norm: float
+
+
+def find_zero_config(name: str) -> Path:
+    """A file of ds_configs/, as given from here or from the folder that holds the package."""
+    for candidate in (Path(name), Path(__file__).resolve().parents[2] / name):
+        if candidate.is_file():
+            return candidate
+    raise InputError(
+        "recipe key zero.config", got=name, wanted="a JSON file that exists",
+        way_out="Give a path, such as ds_configs/zero1.json.",
+    )  # fmt: skip
+
+
+def read_zero_config(name: str) -> dict[str, Any]:
+    """Reads a file of ds_configs/ and refuses what a recipe owns.
+
+    Raises:
+        InputError: no such file, not JSON, or it sets a number that lives in the recipe.
+    """
+    path = find_zero_config(name)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(
+            f"{path}", got=error, wanted="JSON", way_out="Mend the file at that place."
+        ) from error
+    stage = (
+        (settings.get("zero_optimization") or {}).get("stage")
+        if isinstance(settings, dict)
+        else None
+    )
+    if stage not in (0, 1, 2, 3):
+        raise InputError(
+            f"{path}: zero_optimization.stage", got=stage, wanted="0, 1, 2 or 3",
+            way_out="See ds_configs/zero1.json for the form.",
+        )  # fmt: skip
+    for key in settings:
+        if key in OWNED_BY_RECIPE:
+            raise InputError(
+                f"{path}: {key}", got="a number that the recipe owns", wanted="only DeepSpeed's own keys",
+                way_out=f"Remove it there and set {OWNED_BY_RECIPE[key]} in the recipe.",
+            )  # fmt: skip
+    return dict(settings)
+
+
+def check_precision(config: Config, device: torch.device) -> None:
+    """Refuses pairs of precision and stage that DeepSpeed cannot run, or runs wrongly."""
+    stage = read_zero_config(config.zero.config)["zero_optimization"]["stage"]
+    if stage == 0 and config.precision == "bf16":
+        raise InputError(
+            "recipe keys precision and zero.config", got="bf16 at ZeRO stage 0", wanted="a stage from 1 to 3",
+            way_out="Stage 1 on one rank does the same job: zero.config=ds_configs/zero1.json.",
+        )  # fmt: skip
+    if config.precision == "fp16" and device.type != "cuda":
+        raise InputError(
+            "recipe key precision", got="fp16 on a CPU", wanted="fp32 or bf16",
+            way_out="DeepSpeed runs fp16 on GPUs only: precision=bf16.",
+        )  # fmt: skip
+
+
+def start_ranks(ranks: Ranks, device: torch.device) -> None:
+    """Joins the process group (gloo on CPUs, nccl on GPUs); also for a run of one rank."""
+    publish(ranks, os.environ)
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    deepspeed = _deepspeed()
+    # Its shared-memory collectives are compiled at first start, which takes a minute and kills the
+    # rank where there is no compiler. gloo alone does the job.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def stop_ranks() -> None:
+    """Leaves the process group, if it was joined."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class ZeroEngine:
+    """A model under DeepSpeed ZeRO with torch's AdamW and our numbers."""
+
+    def __init__(self, model: nn.Module, config: Config, *, accumulation: int) -> None:
+        settings = read_zero_config(config.zero.config)
+        self.stage: int = settings["zero_optimization"]["stage"]
+        self._clip_norm = config.optim.clip_norm
+        optim = config.optim
+        on_gpu = next(model.parameters()).is_cuda
+        self._adam = torch.optim.AdamW(
+            parameter_groups(model.named_parameters(), optim),
+            lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=on_gpu or None,
+        )  # fmt: skip
+        settings |= _settings_of_recipe(config, accumulation)
+        deepspeed = _deepspeed()
+        with _without_fairseq():
+            self._engine, _, _, _ = deepspeed.initialize(
+                model=model, optimizer=self._adam, config=settings
+            )
+        self.module: nn.Module = self._engine.module
+        self._parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass."""
+        return self._engine(*args, **kwargs)
+
+    @property
+    def trained_names(self) -> Sequence[str]:
+        """Names of the parameters that train, in the model's order."""
+        return list(self._parameters)
+
+    def train(self, mode: bool = True) -> None:
+        """Dropout on or off."""
+        self._engine.train(mode)
+
+    def set_learning_rate(self, rate: float) -> None:
+        """The rate of the next update."""
+        for group in self._adam.param_groups:
+            group["lr"] = rate
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of ``loss``, already scaled for the whole step, to that of the other ranks.
+
+        DeepSpeed divides by the accumulation count and averages over ranks; both are undone here, so
+        that what is summed is exactly the gradient of the sum of the ranks' losses.
+        """
+        ranks = torch.distributed.get_world_size()
+        # A non-finite loss must be seen in the gradient by every rank, even where its own is finite.
+        factor = torch.where(torch.isfinite(loss.detach()), float(ranks), float("nan"))
+        self._engine.backward(loss * factor, scale_wrt_gas=False)
+
+    def micro_step(self) -> None:
+        """Ends a micro-batch that is not the last of its update."""
+        self._engine.step()
+
+    def step(self) -> StepResult:
+        """Ends the last micro-batch of an update: applies it if the gradient is finite."""
+        norm = self._plain_norm() if self.stage == 0 else None
+        self._engine.step()
+        if norm is None:
+            norm = float(self._engine.get_global_grad_norm())
+        applied = bool(self._engine.was_step_applied()) if self.stage else _is_finite(norm)
+        if applied and not _is_finite(norm):
+            raise RuntimeError(
+                f"DeepSpeed applied an update with a gradient norm of {norm} at ZeRO stage {self.stage}; "
+                "the run stops before a checkpoint holds it"
+            )
+        return StepResult(applied=applied, grad_norm=norm)
+
+    def _plain_norm(self) -> float:
+        """Stage 0: the gradients are whole and reduced here. A non-finite one is dropped: AdamW then skips."""
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients))
+        if not _is_finite(norm):
+            for parameter in self._parameters.values():
+                parameter.grad = None
+        return norm
+
+    def full_state(self, name: str, key: str | None = None) -> torch.Tensor:
+        """The whole fp32 master weight of a parameter, or one of its moments, on the CPU. All ranks must call it."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameter = self._parameters[name]
+        shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+        if key is not None and not self.updates_applied:
+            return torch.zeros(shape)  # every update so far was skipped
+        if self.stage == 0:
+            value = parameter if key is None else self._adam.state[parameter][key]
+        elif key is None:
+            value = safe_get_full_fp32_param(parameter)
+        else:
+            value = safe_get_full_optimizer_state(parameter, key)
+        return torch.as_tensor(value).detach().to("cpu", torch.float32).reshape(shape)
+
+    def set_weights(self, read: Callable[[str], torch.Tensor]) -> None:
+        """Sets every master weight, in fp32, from ``read(name)``. The working copies were loaded from the same."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, parameter in self._parameters.items():
+            value = read(name).to(parameter.device, torch.float32)
+            if self.stage == 0:
+                with torch.no_grad():
+                    parameter.copy_(value)
+            else:
+                safe_set_full_fp32_param(parameter, value)
+
+    def set_moments(self, read: Callable[[str, str], torch.Tensor], updates: int) -> None:
+        """Sets both moments of every parameter from ``read(name, key)``, as after ``updates`` updates."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self._create_moments(updates)
+        for name, parameter in self._parameters.items():
+            for key in MOMENTS:
+                value = read(name, key).to(parameter.device)
+                if self.stage == 0:
+                    self._adam.state[parameter][key].copy_(value)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, key)
+
+    @property
+    def updates_applied(self) -> int:
+        """Updates that AdamW has counted: its bias correction depends on it."""
+        for state in self._adam.state.values():
+            return int(state["step"])
+        return 0
+
+    def _create_moments(self, updates: int) -> None:
+        """Makes AdamW's state as its first update would: DeepSpeed links moments to parameters only then."""
+        zero = self._engine.optimizer
+        flat = (
+            zero.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else [p for group in self._adam.param_groups for p in group["params"]]
+        )
+        for parameter in flat:
+            step = torch.tensor(
+                float(updates), device=parameter.device if parameter.is_cuda else "cpu"
+            )
+            self._adam.state[parameter] = {
+                "step": step, **{key: torch.zeros_like(parameter.data) for key in MOMENTS}
+            }  # fmt: skip
+        if self.stage in (1, 2):
+            zero._lazy_init_hp_params_optimizer_state()
+
+
+def _settings_of_recipe(config: Config, accumulation: int) -> dict[str, Any]:
+    """The recipe's numbers under DeepSpeed's names."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.clip_norm,
+        "steps_per_print": 2**31,
+        # A client optimizer of torch's: its bits are the same after a resume, DeepSpeed's own are not.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if config.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif config.precision == "fp16":
+        settings["fp16"] = {"enabled": True}
+    return settings
+
+
+def _is_finite(number: float) -> bool:
+    # DeepSpeed's norm of a non-finite gradient is -1 or inf.
+    return 0.0 <= number < float("inf")
+
+
+def _deepspeed() -> Any:
+    """Imports deepspeed with its chatter below warnings off; our own lines say what matters."""
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls a collective by its old name; nothing that a user could change.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _without_fairseq() -> Iterator[None]:
+    """Hides fairseq while DeepSpeed starts: it imports the package (3 to 9 s) only to name one class."""
+    hidden: Mapping[str, Any] = {} if "fairseq" in sys.modules else {"fairseq": None}
+    sys.modules.update(hidden)
+    try:
+        yield
+    finally:
+        for name in hidden:
+            sys.modules.pop(name, None)

@@ -1,0 +1,263 @@
+"""Masked language modelling on long documents: the task that both trainers run, free of fairseq.
+
+Everything about sample ``number`` follows from the number, the run's seed and the corpus: which block
+it is, which tokens are masked and with what, and the seed of its attention dropout. Ranks, workers
+and micro-batches have no say.
+
+Letters: B sequences, N tokens, M masked tokens, V vocabulary, G global tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from longpretrain.config import Config
+from longpretrain.data.blocks import Blocks, Order
+from longpretrain.data.global_tokens import global_positions, parse_global_tokens
+from longpretrain.data.hashing import hash64
+from longpretrain.data.masking import mask_tokens
+from longpretrain.data.shards import Corpus
+from longpretrain.data.tokenizer import load_tokenizer
+from longpretrain.errors import InputError
+from longpretrain.model.encoder import ModelConfig
+from longpretrain.model.folder import (
+    CONFIG_NAME,
+    config_json,
+    load_model,
+    read_config,
+    read_tensors,
+)
+from longpretrain.model.weights import stored_names
+
+# What a key is for, so that masking and dropout of one sample do not share a stream.
+_MASKING, _DROPOUT = 1, 2
+_LOCAL_PROJECTIONS = (".query.", ".key.", ".value.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One sequence, ready to be collated."""
+
+    tokens_N: np.ndarray
+    positions_M: np.ndarray
+    targets_M: np.ndarray
+    global_G: np.ndarray | None
+    dropout_seed: int
+
+
+def model_changes(config: Config, folder_config: ModelConfig) -> dict[str, object]:
+    """What a recipe changes of a model folder's config.json, in ModelConfig's names."""
+    recipe = config.model
+    layers, heads = folder_config.num_layers, folder_config.num_heads
+    changes: dict[str, object] = {"attention_backend": recipe.attention_backend}
+    if recipe.attention_window is not None:
+        changes["attention_window"] = _one_each(recipe.attention_window, layers)
+    if recipe.dilation is not None:
+        changes["dilation"] = _one_each(recipe.dilation, heads)
+    named = {
+        "causal": recipe.causal,
+        "hidden_dropout": recipe.dropout,
+        "attention_dropout": recipe.attention_dropout,
+    }
+    return changes | {name: value for name, value in named.items() if value is not None}
+
+
+class MaskedLMTask:
+    """The masked-LM objective over a corpus, for the engine's loop (its Task Protocol) and for fairseq.
+
+    Args:
+        config: the run.
+        folder: the model folder to take configuration, tokenizer and weights from. None: the
+            tokenizer is RoBERTa's BPE and the model is ``new_model``.
+        split: "train" or "valid": which corpus of the recipe.
+        new_model: the configuration of a model with new weights, where there is no folder.
+
+    Raises:
+        InputError: a folder is missing or broken, the corpus has another tokenizer than the model,
+            or ``data.max_tokens`` exceeds the model's positions.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path | None,
+        *,
+        split: str = "train",
+        new_model: ModelConfig | None = None,
+    ) -> None:
+        assert (folder is None) == (new_model is not None), "a folder or a new model, one of them"
+        self.config = config
+        self.tokenizer = load_tokenizer(folder)
+        stored = new_model if folder is None else read_config(folder)
+        assert stored is not None
+        self._changes = model_changes(config, stored)
+        if config.data.max_tokens > stored.max_tokens:
+            raise InputError(
+                "recipe key data.max_tokens", got=config.data.max_tokens,
+                wanted=f"at most {stored.max_tokens}, the positions of {folder}",
+                way_out=f"Lengthen the model: longpretrain convert {folder} DST "
+                f"--positions {config.data.max_tokens}.",
+            )  # fmt: skip
+        self.corpus = open_corpus(config, split)
+        if self.corpus.tokenizer_fingerprint != self.tokenizer.fingerprint:
+            raise InputError(
+                f"tokenizer of the corpus {config.data.train if split == 'train' else config.data.valid}",
+                got=f"fingerprint {self.corpus.tokenizer_fingerprint[:16]}",
+                wanted=f"{self.tokenizer.fingerprint[:16]}, the tokenizer of {folder or 'RoBERTa'}",
+                way_out="Prepare the corpus again "
+                + (f"with --tokenizer {folder}." if folder else "without --tokenizer."),
+            )  # fmt: skip
+        self._global_tokens = parse_global_tokens(config.model.global_tokens)
+        self._has_global = self._global_tokens.kind != "none"
+        self.blocks = Blocks(
+            self.corpus,
+            policy=config.data.blocks,
+            max_tokens=config.data.max_tokens,
+            bos_id=self.tokenizer.bos_id,
+            eos_id=self.tokenizer.eos_id,
+        )
+        self._order = Order(len(self.blocks), seed=config.run.seed)
+
+    def build_model(self, folder: Path) -> nn.Module:
+        """The model of a folder with the recipe's changes; global projections frozen if nothing is global."""
+        model = load_model(
+            folder,
+            changes=self._changes,
+            activation_checkpointing=self.config.activation_checkpointing,
+        )
+        if not self._has_global:
+            model.freeze_global_projections()
+        self._model_config = model.config
+        self._stored = stored_names(model)
+        return model
+
+    def check_weights(self, folder: Path) -> None:
+        """Refuses missing, truncated or misshapen weights, without building the model."""
+        read_tensors(folder)
+
+    def epoch(self, number: int) -> int:
+        """The pass over the corpus that sample ``number`` belongs to, from 0."""
+        return self._order.locate(number)[0]
+
+    def sample(self, number: int) -> Sample:
+        """Sample ``number``: its block, masked for its epoch, and its dropout seed for its update."""
+        epoch, block = self._order.locate(number)
+        identity = self.blocks.sample_id(block)
+        seed = self.config.run.seed
+        update = number // self.config.batch.global_sequences + 1
+        tokens_N = self.blocks[block]
+        inputs_N, positions_M = mask_tokens(
+            tokens_N,
+            key=hash64(seed, _MASKING, identity, epoch),
+            probability=self.config.masking.probability,
+            special_ids=self.tokenizer.special_ids,
+            real_ids=self.tokenizer.real_ids,
+            mask_id=self.tokenizer.mask_id,
+        )
+        return Sample(
+            tokens_N=inputs_N,
+            positions_M=positions_M,
+            targets_M=tokens_N[positions_M],
+            global_G=global_positions(tokens_N, self._global_tokens) if self._has_global else None,
+            dropout_seed=hash64(seed, _DROPOUT, identity, update),
+        )
+
+    def collate(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
+        """Pads to the longest sequence. ``padding_BN`` and ``global_index_BG`` are there only if needed."""
+        lengths = [len(sample.tokens_N) for sample in samples]
+        longest = max(lengths)
+        tokens_BN = np.full((len(samples), longest), self.tokenizer.pad_id, dtype=np.int64)
+        for row, sample in enumerate(samples):
+            tokens_BN[row, : lengths[row]] = sample.tokens_N
+        index_M = [row * longest + sample.positions_M for row, sample in enumerate(samples)]
+        seeds_B = np.array([sample.dropout_seed for sample in samples], dtype=np.uint64)
+        batch = {
+            "tokens_BN": torch.from_numpy(tokens_BN),
+            "predict_index_M": torch.from_numpy(np.concatenate(index_M)),
+            "targets_M": torch.from_numpy(np.concatenate([s.targets_M for s in samples])),
+            "dropout_seed_B": torch.from_numpy(seeds_B.view(np.int64)),
+            "length_B": torch.tensor(lengths),
+        }
+        if min(lengths) < longest:
+            batch["padding_BN"] = torch.arange(longest)[None, :] >= batch["length_B"][:, None]
+        found = [sample.global_G for sample in samples if sample.global_G is not None]
+        if found:
+            batch["global_index_BG"] = _pad_global(found)
+        return batch
+
+    @staticmethod
+    def count(batch: Mapping[str, torch.Tensor]) -> int:
+        """Masked tokens of a batch."""
+        return batch["targets_M"].numel()
+
+    @staticmethod
+    def tokens(batch: Mapping[str, torch.Tensor]) -> int:
+        """Input tokens of a batch, padding excluded."""
+        return int(batch["length_B"].sum())
+
+    @staticmethod
+    def loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Cross-entropy in nats, summed over the masked tokens, in fp32."""
+        logits_MV = model(
+            batch["tokens_BN"],
+            padding_BN=batch.get("padding_BN"),
+            global_index_BG=batch.get("global_index_BG"),
+            predict_index_M=batch["predict_index_M"],
+            dropout_seed_B=batch["dropout_seed_B"],
+        )
+        return F.cross_entropy(logits_MV.float(), batch["targets_M"], reduction="sum")
+
+    def stored_names(self, parameter: str) -> tuple[str, ...]:
+        """Names of a trained parameter in a model folder.
+
+        Global projections that do not train are stored as copies of the local ones, as the published
+        recipe does after pretraining (facts: Longformer's conversion notebook), so a checkpoint is
+        already what an export must be.
+        """
+        stored = self._stored[parameter]
+        frozen = self._model_config.model_type == "longformer" and not self._has_global
+        for local in _LOCAL_PROJECTIONS if frozen else ():
+            if f".attention.self{local}" in stored:
+                return stored, stored.replace(local, f"{local[:-1]}_global.")
+        return (stored,)
+
+    def write_model_files(self, folder: Path) -> None:
+        """config.json and the tokenizer's files."""
+        text = json.dumps(config_json(self._model_config), indent=2)
+        (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        self.tokenizer.save(folder, self._model_config.max_tokens)
+
+
+def open_corpus(config: Config, split: str, *, verify: Literal["size", "sha256"] = "size") -> Corpus:
+    """The corpus of a recipe's split, its files checked by size or by sha256."""
+    key = f"data.{split}"
+    path = config.data.train if split == "train" else config.data.valid
+    if not path:
+        raise InputError(
+            f"recipe key {key}", got="nothing", wanted="a folder that longpretrain prepare wrote",
+            way_out=f"Say {key}=DIR.",
+        )  # fmt: skip
+    return Corpus.open(Path(path), verify=verify)
+
+
+def _one_each(values: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """One number stands for all layers or heads."""
+    return values * count if len(values) == 1 else values
+
+
+def _pad_global(found: list[np.ndarray]) -> torch.Tensor:
+    """Ragged global positions as int32 [B, G], -1 in unused slots."""
+    slots = max(1, *(len(row) for row in found))
+    index_BG = np.full((len(found), slots), -1, dtype=np.int32)
+    for row, positions in enumerate(found):
+        index_BG[row, : len(positions)] = positions
+    return torch.from_numpy(index_BG)

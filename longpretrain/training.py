@@ -1,0 +1,251 @@
+"""One rank of a run, wired: recipe, ranks, task, engine, metrics, status. `longpretrain train` calls it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from longpretrain.config import Config
+from longpretrain.engine import checkpoint, run_folder, zero
+from longpretrain.engine.loop import Evaluate, Outcome, accumulation_steps, train
+from longpretrain.engine.zero import ZeroEngine
+from longpretrain.errors import InputError
+from longpretrain.model.encoder import ModelConfig
+from longpretrain.ranks import Ranks, discover
+from longpretrain.report import metrics as journal
+from longpretrain.tasks.masked_lm import MaskedLMTask, open_corpus
+
+DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
+"""Exit codes of the train verb."""
+
+T = TypeVar("T")
+
+
+def check(config: Config, world_size: int, *, fresh: bool) -> None:
+    """Everything that can be refused before ranks start; writes nothing.
+
+    Raises:
+        InputError: recipe, model folder, corpora, batch, ds_configs or run folder do not fit.
+    """
+    if not config.model.path:
+        raise InputError(
+            "recipe key model.path", got="nothing", wanted="a model folder",
+            way_out="Say model.path=FOLDER (Hugging Face RoBERTa or Longformer).",
+        )  # fmt: skip
+    device = pick_device(config.run.device, 0)
+    accumulation_steps(config, world_size)
+    zero.check_precision(config, device)
+    if not fresh:
+        run_folder.check_same_recipe(config)
+    resume_from = None if fresh else checkpoint.latest(config.run_dir)
+    folder = resume_from or Path(config.model.path)
+    task = MaskedLMTask(config, folder)
+    if config.data.valid:
+        MaskedLMTask(config, folder, split="valid")
+    task.check_weights(folder)
+
+
+def pick_device(wanted: str, local_rank: int) -> torch.device:
+    """The device of a rank."""
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise InputError(
+            "recipe key run.device", got="cuda", wanted="a device that this machine has",
+            way_out="torch sees no GPU here: run.device=cpu, or mend the driver.",
+        )  # fmt: skip
+    if wanted == "cpu" or not has_gpu:
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def run_rank(config: Config, *, fresh: bool) -> int:
+    """Runs one rank to the end and returns its exit code; rank 0 leaves status.json."""
+    ranks = discover()
+    device = pick_device(config.run.device, ranks.local_rank)
+    zero.check_precision(config, device)
+    zero.start_ranks(ranks, device)
+    try:
+        return _run_joined(config, ranks, device, fresh=fresh)
+    finally:
+        zero.stop_ranks()
+
+
+def _run_joined(config: Config, ranks: Ranks, device: torch.device, *, fresh: bool) -> int:
+    agreed = _agree(ranks, lambda: _open(config, fresh=fresh) if ranks.is_first else None)
+    if agreed is _REFUSED:
+        return BAD_INPUT
+    folder, resume_from = _start_folder(config)
+    if resume_from and checkpoint.read_state(resume_from)["step"] >= config.schedule.total_steps:
+        if ranks.is_first:
+            print(
+                f"{config.run_dir} is done: all {config.schedule.total_steps} updates. Nothing to do."
+            )
+        return DONE
+    ready = _agree(ranks, lambda: _prepare(config, ranks, device, folder, resume_from))
+    if isinstance(ready, _Refused):
+        return BAD_INPUT
+    task, model, evaluate = ready
+    with (
+        _metrics(config, ranks, device, model.config, resume_from) as log,
+        _status(config, ranks) as status,
+    ):
+        _announce(log, config, ranks, task, folder, resume_from)
+        outcome = train(
+            config, task, model, ranks, device, metrics=log, resume_from=resume_from, evaluate=evaluate
+        )  # fmt: skip
+        status(outcome)
+    return DONE if outcome.state == "done" else PREEMPTED
+
+
+def _open(config: Config, *, fresh: bool) -> None:
+    moved = run_folder.open_run(config, fresh=fresh)
+    if moved:
+        print(f"--fresh: the old run was moved to {moved}")
+
+
+def _start_folder(config: Config) -> tuple[Path, Path | None]:
+    """(folder of the weights to start from, the same if it is a checkpoint of this run)."""
+    resume_from = checkpoint.latest(config.run_dir)
+    return resume_from or Path(config.model.path), resume_from
+
+
+def _prepare(
+    config: Config, ranks: Ranks, device: torch.device, folder: Path, resume_from: Path | None
+) -> tuple[MaskedLMTask, Any, Evaluate | None]:
+    task = MaskedLMTask(config, folder)
+    if resume_from:
+        checkpoint.verify_files(resume_from, ranks.rank, ranks.world_size)
+    elif ranks.is_first:  # once per run: reading every shard takes a while
+        open_corpus(config, "train", verify="sha256")
+    evaluate = _evaluator(config, ranks, device, folder) if config.data.valid else None
+    return task, task.build_model(folder), evaluate
+
+
+def _evaluator(config: Config, ranks: Ranks, device: torch.device, folder: Path) -> Evaluate:
+    """Scores the first ``evaluate.batches`` held-out sequences, dealt over the ranks."""
+    task = MaskedLMTask(config, folder, split="valid")
+    total = min(config.evaluate.batches, len(task.blocks))
+    rounds = -(-total // ranks.world_size)
+
+    def evaluate(engine: ZeroEngine) -> tuple[float, int]:
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        for number in range(ranks.rank, rounds * ranks.world_size, ranks.world_size):
+            # ZeRO 3 gathers weights in every forward pass: all ranks run equally many, and what is
+            # over weighs nothing.
+            batch = task.collate([task.sample(number % total)])
+            with torch.no_grad():
+                loss = task.loss(engine, {key: value.to(device) for key, value in batch.items()})
+            if number < total:
+                sums += torch.stack([loss.double(), loss.new_tensor(task.count(batch)).double()])
+        dist.all_reduce(sums)
+        return float(sums[0]), int(sums[1])
+
+    return evaluate
+
+
+def _metrics(
+    config: Config, ranks: Ranks, device: torch.device, model: ModelConfig, resume_from: Path | None
+) -> journal.MetricsLog:
+    peak = None
+    if device.type == "cuda":
+        one = journal.peak_flops(torch.cuda.get_device_name(device), config.precision)
+        peak = one * ranks.world_size if one else None
+    windows = model.attention_window or (None,) * model.num_layers
+    return journal.MetricsLog(
+        config.run_dir,
+        total_steps=config.schedule.total_steps,
+        resume_from_step=checkpoint.read_state(resume_from)["step"] if resume_from else None,
+        every_steps=config.log.every_steps,
+        tensorboard=config.log.tensorboard,
+        is_writer=ranks.is_first,
+        flops_per_token=journal.train_flops_per_token(
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+            vocab_size=model.vocab_size,
+            attention_window=windows,
+            max_tokens=config.data.max_tokens,
+            masked_share=config.masking.probability,
+        ),
+        peak_flops=peak,
+    )
+
+
+def _announce(
+    log: journal.MetricsLog,
+    config: Config,
+    ranks: Ranks,
+    task: MaskedLMTask,
+    folder: Path,
+    resume_from: Path | None,
+) -> None:
+    step = checkpoint.read_state(resume_from)["step"] if resume_from else 0
+    tokens = config.batch.global_sequences * config.data.max_tokens
+    message = (
+        f"{folder}, step {step} of {config.schedule.total_steps}; {ranks.world_size} ranks by {ranks.launcher}, "
+        f"{config.precision}, {config.zero.config}; {config.batch.global_sequences} x {config.data.max_tokens} "
+        f"= {tokens:,} tokens per update; corpus {task.corpus.num_tokens:,} tokens, {len(task.blocks):,} sequences"
+    )
+    event = f"{'resumed' if resume_from else 'started'}: {message}"
+    log.report({"kind": "event", "step": step, "event": event})
+
+
+@contextlib.contextmanager
+def _status(config: Config, ranks: Ranks) -> Iterator[Callable[[Outcome], None]]:
+    """Keeps status.json true: running, then how it ended. A rank that fails says so itself."""
+    run_dir = config.run_dir
+    before = checkpoint.latest(run_dir)
+    step = checkpoint.read_state(before)["step"] if before else 0
+    if ranks.is_first:
+        run_folder.write_status(run_dir, "running", reason=ranks.launcher, step=step)
+
+    def ended(outcome: Outcome) -> None:
+        dist.barrier()
+        if ranks.is_first:
+            state: run_folder.State = "done" if outcome.state == "done" else "preempted"
+            run_folder.write_status(run_dir, state, reason=outcome.reason, step=outcome.step)
+            print(
+                f"{state}: {outcome.reason}, at step {outcome.step}; {run_dir}/{run_folder.STATUS}"
+            )
+        dist.barrier()
+
+    try:
+        yield ended
+    except BaseException as error:
+        kept = checkpoint.latest(run_dir)
+        kept_step = checkpoint.read_state(kept)["step"] if kept else 0
+        reason = f"rank {ranks.rank}: {type(error).__name__}: {error}"
+        run_folder.write_status(run_dir, "failed", reason=reason, step=kept_step)
+        raise
+
+
+class _Refused:
+    """Some rank's input was refused, and every rank knows."""
+
+
+_REFUSED = _Refused()
+
+
+def _agree(ranks: Ranks, prepare: Callable[[], T]) -> T | _Refused:
+    """Runs a part of the start on every rank; an InputError of any rank stops all, told once by rank 0."""
+    result: T | None = None
+    refusal = ""
+    try:
+        result = prepare()
+    except InputError as error:
+        refusal = str(error)
+    refusals: list[str | None] = [None] * ranks.world_size
+    dist.all_gather_object(refusals, refusal)
+    told = [text for text in refusals if text]
+    if not told:
+        return result  # type: ignore[return-value]
+    if ranks.is_first:
+        for text in dict.fromkeys(told):
+            print(f"longpretrain train: {text}", file=sys.stderr)
+    return _REFUSED
