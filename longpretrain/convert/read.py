@@ -1,0 +1,114 @@
+"""What a path means (a run, a checkpoint or a model folder), and whether its files are whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from longpretrain.data.tokenizer import load_tokenizer
+from longpretrain.errors import InputError
+from longpretrain.model import ModelConfig
+
+RECORD_NAME = "conversion.json"
+STATE_NAME = "state.json"
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+
+
+def model_folder(source: Path | str) -> Path:
+    """The model folder that a path means: itself, or the newest checkpoint of a run.
+
+    Raises:
+        InputError: there is no such folder, or the run has no checkpoint yet.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        raise InputError(
+            str(source), got="no such folder", wanted="a run, a checkpoint or a model folder",
+            way_out="Give the folder's name, such as runs/demo.",
+        )  # fmt: skip
+    if (source / "config.json").is_file():
+        return source
+    for checkpoints in (source / "checkpoints", source):
+        pointer = checkpoints / "latest"
+        if pointer.is_file():
+            folder = checkpoints / pointer.read_text(encoding="utf-8").strip()
+        elif pointer.is_symlink() or pointer.is_dir():
+            folder = pointer.resolve()
+        else:
+            continue
+        if folder.parent.resolve() == checkpoints.resolve() and (folder / "config.json").is_file():
+            return folder
+        raise InputError(
+            str(pointer), got=folder, wanted="a checkpoint beside it",
+            way_out="Write the name of a whole checkpoint folder into it.",
+        )  # fmt: skip
+    raise InputError(
+        str(source), got="neither config.json nor checkpoints/latest",
+        wanted="a run with a checkpoint, or a model folder",
+        way_out="A run writes its first checkpoint after checkpoint.every_steps updates.",
+    )  # fmt: skip
+
+
+def run_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint, once the files that make the model have the hashes it names.
+
+    Returns:
+        The state, or an empty dictionary for a folder that is no checkpoint.
+
+    Raises:
+        InputError: a file is missing or was altered.
+    """
+    path = folder / STATE_NAME
+    if not path.is_file():
+        return {}
+    try:
+        state = dict(json.loads(path.read_text(encoding="utf-8")))
+        files = {n: h for n, h in state.get("files", {}).items() if not n.startswith("optimizer")}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            str(path), got=error, wanted="a checkpoint's state",
+            way_out="The checkpoint is damaged: take an older one.",
+        ) from error  # fmt: skip
+    for name, wanted in files.items():
+        got = sha256(folder / name) if (folder / name).is_file() else "no file"
+        if got != wanted:
+            raise InputError(
+                str(folder / name), got=f"sha256 {got[:16]}", wanted=f"sha256 {wanted[:16]}",
+                way_out="The file was altered or cut: take an older checkpoint.",
+            )  # fmt: skip
+    return state
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder holds a tokenizer's files."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def carry_tokenizer(source: Path, target: Path, config: ModelConfig) -> None:
+    """Writes the source's tokenizer into the target, for the model's number of tokens.
+
+    Raises:
+        InputError: it has more ids than the model has word embeddings.
+    """
+    tokenizer = load_tokenizer(source)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"tokenizer of {source}", got=f"{tokenizer.vocab_size} ids",
+            wanted=f"at most {config.vocab_size}, the word embeddings of the model",
+            way_out="Put the tokenizer's files there that the model was trained with.",
+        )  # fmt: skip
+    tokenizer.save(target, max_tokens=config.max_tokens)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a folder but the record of its conversion, by name."""
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != RECORD_NAME]
+    return {path.name: sha256(path) for path in files}
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,266 @@
+"""A model folder is a Hugging Face folder: `config.json` and the weights, in and out.
+
+What Hugging Face's Longformer cannot express stands in a ``longpretrain`` block of `config.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longpretrain.errors import InputError
+from longpretrain.model.encoder import ModelConfig
+from longpretrain.model.lm_head import LongformerForMaskedLM
+from longpretrain.model.weights import SHARD_BYTES, fresh_folder, read_weights, write_weights
+
+CONFIG_NAME = "config.json"
+_ARCHITECTURES = {"longformer": "LongformerForMaskedLM", "roberta": "RobertaForMaskedLM"}
+
+# Hugging Face's key -> (ours, what a file means by leaving the key out; None: it must be there)
+_KEYS: dict[str, tuple[str, int | float | None]] = {
+    "vocab_size": ("vocab_size", None),
+    "hidden_size": ("hidden_size", None),
+    "num_hidden_layers": ("num_layers", None),
+    "num_attention_heads": ("num_heads", None),
+    "intermediate_size": ("intermediate_size", None),
+    "max_position_embeddings": ("max_position_embeddings", None),
+    "pad_token_id": ("pad_id", 1),
+    "bos_token_id": ("bos_id", 0),
+    "eos_token_id": ("eos_id", 2),
+    "type_vocab_size": ("type_vocab_size", 2),
+    "layer_norm_eps": ("layer_norm_eps", 1e-12),
+    "hidden_dropout_prob": ("hidden_dropout", 0.1),
+    "attention_probs_dropout_prob": ("attention_dropout", 0.1),
+    "initializer_range": ("initializer_range", 0.02),
+}
+_REALS = {"layer_norm_eps", "hidden_dropout", "attention_dropout", "initializer_range"}
+# What the code computes whatever the file says; a file that says otherwise is another model.
+_FIXED = {
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+_CHANGEABLE = (
+    "attention_window", "dilation", "causal",
+    "hidden_dropout", "attention_dropout", "attention_backend",
+)  # fmt: skip
+
+
+def read_config(folder: Path | str) -> ModelConfig:
+    """The configuration in a folder's `config.json`.
+
+    Raises:
+        InputError: no such file, not JSON, a model type or an arithmetic that is not ours.
+    """
+    path = Path(folder) / CONFIG_NAME
+    tree = _read_json(path)
+    model_type = tree.get("model_type")
+    if model_type not in _ARCHITECTURES:
+        raise InputError(
+            f"model type in {path}", got=model_type, wanted=" or ".join(_ARCHITECTURES),
+            way_out="Models of other families are not read.",
+        )  # fmt: skip
+    for key, value in _FIXED.items():
+        if tree.get(key, value) != value:
+            raise InputError(
+                f"{key} in {path}", got=tree[key], wanted=value,
+                way_out="Such a model computes something else and is not read.",
+            )  # fmt: skip
+    fields: dict[str, Any] = {"model_type": model_type}
+    for key, (name, default) in _KEYS.items():
+        number = tree.get(key)
+        fields[name] = _number(path, key, default if number is None else number, name in _REALS)
+    if model_type == "longformer":
+        fields["attention_window"] = _windows(path, tree, fields["num_layers"])
+    return ModelConfig(**fields, **_own_block(path, tree))
+
+
+def config_json(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any]:
+    """What `config.json` holds: every field, as Hugging Face's defaults are those of another model.
+
+    Args:
+        config: the model.
+        dtype: of the stored weights, by torch's name.
+    """
+    tree: dict[str, Any] = {key: getattr(config, name) for key, (name, _) in _KEYS.items()}
+    tree |= {
+        "architectures": [_ARCHITECTURES[config.model_type]],
+        "dtype": dtype,
+        "hidden_act": "gelu",
+        "model_type": config.model_type,
+        "sep_token_id": config.eos_id,
+        "tie_word_embeddings": True,
+    }
+    if config.model_type == "longformer":
+        tree |= {"attention_window": list(config.attention_window), "onnx_export": False}
+    own: dict[str, Any] = {}
+    if set(config.dilation) - {1}:
+        own["dilation"] = list(config.dilation)
+    if config.causal:
+        own["causal"] = True
+    if own:
+        tree["longpretrain"] = own
+    return dict(sorted(tree.items()))
+
+
+def load_model(
+    folder: Path | str,
+    *,
+    changes: Mapping[str, object] = MappingProxyType({}),
+    activation_checkpointing: bool = False,
+) -> LongformerForMaskedLM:
+    """The model of a folder, in fp32 on the CPU, in eval mode.
+
+    Args:
+        folder: a Hugging Face RoBERTa or Longformer folder, or a checkpoint of ours.
+        changes: fields of ModelConfig to set otherwise than the folder: attention_window and
+            dilation (a number for all, or one per layer or head), causal, the dropouts,
+            attention_backend.
+        activation_checkpointing: recompute each layer in the backward pass.
+
+    Raises:
+        InputError: the folder does not hold such a model, or a change does not fit it.
+    """
+    config = changed(read_config(folder), changes)
+    state = read_weights(folder, config)
+    with torch.device("meta"):
+        model = LongformerForMaskedLM(config, activation_checkpointing=activation_checkpointing)
+    # Copies: a mapped file may be replaced while the model lives.
+    own = {name: t.to(torch.float32, copy=True).contiguous() for name, t in state.items()}
+    model.load_state_dict(own, strict=False, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def save_model(
+    model: LongformerForMaskedLM | tuple[ModelConfig, Mapping[str, Tensor]],
+    folder: Path | str,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a model folder that transformers loads: whole or not at all, always the same bytes.
+
+    Args:
+        model: a model, or its configuration and its tensors by their names in memory.
+        folder: made; a model folder that stands there is replaced.
+        shard_bytes: largest size of one weights file, bytes.
+
+    Raises:
+        InputError: the folder exists and is not a model's.
+    """
+    with fresh_folder(folder, belongs=is_model_folder) as fresh:
+        write_model(model, fresh, shard_bytes=shard_bytes)
+
+
+def write_model(
+    model: LongformerForMaskedLM | tuple[ModelConfig, Mapping[str, Tensor]],
+    folder: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """As save_model, into a folder that exists: for callers that write more files beside."""
+    config, state = model if isinstance(model, tuple) else (model.config, model.state_dict())
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    write_config(config, folder, dtype=dtype)
+    write_weights(folder, config, state, shard_bytes=shard_bytes)
+
+
+def write_config(config: ModelConfig, folder: Path, *, dtype: str = "float32") -> None:
+    """Writes `config.json` alone, into a folder that exists."""
+    text = json.dumps(config_json(config, dtype=dtype), indent=2)
+    (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read_tensors(folder: Path | str) -> dict[str, Tensor]:
+    """The parameters of a model folder, by their names in memory, in the dtype of the file.
+
+    Complete and of the shapes that `config.json` asks for; tied twins and what is no part of the
+    masked-LM model are left out. Tensors may be mapped from the file.
+
+    Raises:
+        InputError: the folder does not hold such a model.
+    """
+    return read_weights(folder, read_config(folder))
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether a folder has a `config.json`."""
+    return (folder / CONFIG_NAME).is_file()
+
+
+def changed(config: ModelConfig, changes: Mapping[str, object]) -> ModelConfig:
+    """The configuration with some fields set otherwise; one number is for all layers or heads."""
+    fields: dict[str, Any] = {}
+    for name, value in changes.items():
+        if name not in _CHANGEABLE:
+            raise InputError(
+                f"change of {name}", got=value, wanted=f"a change of {', '.join(_CHANGEABLE)}",
+                way_out="What the weights fix is changed by longpretrain convert.",
+            )  # fmt: skip
+        count = {"attention_window": config.num_layers, "dilation": config.num_heads}.get(name)
+        fields[name] = value if count is None else spread(name, value, count)
+    return dataclasses.replace(config, **fields)
+
+
+def spread(name: str, value: object, count: int) -> tuple[int, ...]:
+    """One integer repeated ``count`` times, or a list of integers as it is."""
+    values: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in values):
+        raise InputError(
+            name, got=value, wanted=f"an integer, or a list of {count}", way_out=f"Set {name}."
+        )
+    return tuple(values * count if len(values) == 1 else values)
+
+
+def _windows(path: Path, tree: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    if "attention_window" not in tree:
+        raise InputError(
+            f"attention_window in {path}", got="no such key", wanted="a window per layer",
+            way_out="Write the windows that the model was trained with into the file.",
+        )  # fmt: skip
+    return spread(f"attention_window in {path}", tree["attention_window"], num_layers)
+
+
+def _own_block(path: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
+    block = tree.get("longpretrain", {})
+    if not isinstance(block, dict) or block.keys() - {"dilation", "causal"}:
+        raise InputError(
+            f"longpretrain in {path}", got=block, wanted="keys dilation and causal",
+            way_out="A newer version of longpretrain may have written it.",
+        )  # fmt: skip
+    fields: dict[str, Any] = {"causal": bool(block.get("causal", False))}
+    if "dilation" in block:
+        fields["dilation"] = spread(f"dilation in {path}", block["dilation"], 1)
+    return fields
+
+
+def _number(path: Path, key: str, value: object, is_real: bool) -> int | float:
+    kinds = (int, float) if is_real else (int,)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise InputError(
+            f"{key} in {path}", got=value, wanted="a number",
+            way_out="Give a folder that save_pretrained or longpretrain wrote.",
+        )  # fmt: skip
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    way_out = "Give a folder that save_pretrained or longpretrain wrote."
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(str(path), got=error, wanted="a JSON file", way_out=way_out) from error
+    if not isinstance(tree, dict):
+        raise InputError(
+            str(path), got=type(tree).__name__, wanted="keys and values", way_out=way_out
+        )
+    return tree

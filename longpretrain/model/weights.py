@@ -1,0 +1,270 @@
+"""Weights in files: safetensors, their shards, and `pytorch_model.bin` read without running it.
+
+In memory names begin with ``longformer.`` for every model type; in a file with the type's name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longpretrain.errors import InputError
+from longpretrain.model.encoder import ModelConfig
+from longpretrain.model.lm_head import LongformerForMaskedLM
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+PICKLED_NAME = "pytorch_model.bin"
+PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
+SHARD_BYTES = 5_000_000_000
+
+_WORDS = "longformer.embeddings.word_embeddings.weight"
+_TIED = {"lm_head.decoder.weight": _WORDS, "lm_head.decoder.bias": "lm_head.bias"}
+_AGAIN = "Get the folder again, or save it again from its source."
+log = logging.getLogger(__name__)
+
+
+def stored_names(model: LongformerForMaskedLM | ModelConfig) -> dict[str, str]:
+    """What is stored, tied twins left out: name in memory -> name in a file."""
+    if isinstance(model, ModelConfig):
+        model = _skeleton(model)
+    prefix = f"{model.config.model_type}."
+    return {
+        name: name.replace("longformer.", prefix, 1) if name.startswith("longformer.") else name
+        for name, _ in model.named_parameters()
+    }
+
+
+def copy_local_to_global(state: dict[str, Tensor]) -> None:
+    """Makes the global projections those of the local attention, in place (paper, section 3.1).
+
+    Args:
+        state: tensors by their names in memory. Every ``*_global`` name gets a copy of its local
+            twin; names that are not there are not made.
+    """
+    for name in state:
+        if "_global." in name:
+            state[name] = state[name.replace("_global.", ".")].clone()
+
+
+def read_weights(folder: Path | str, config: ModelConfig) -> dict[str, Tensor]:
+    """The parameters of a model folder, by their names in memory, in the dtype of the file.
+
+    Complete and of the shapes that the configuration asks for; what is stored beyond that (a
+    pooler, position ids) is left out, with a line in the log. Tensors may be mapped from the file.
+
+    Raises:
+        InputError: no weights, a damaged file, missing tensors, other shapes, or an untied decoder.
+    """
+    folder = Path(folder)
+    found = {}
+    for path, names in _weight_files(folder):
+        tensors = _read_file(path)
+        if names is not None and not names <= tensors.keys():
+            _fail(path, f"no {_some(names - tensors.keys())}", "what the index lists", _AGAIN)
+        found.update(tensors)
+    found = _untied(folder, found)
+    skeleton = _skeleton(config)
+    shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
+    names_in_file = stored_names(skeleton)
+    missing = [stored for stored in names_in_file.values() if stored not in found]
+    if missing:
+        wanted = f"the {len(shapes)} tensors of {config.model_type} with a masked-LM head"
+        _fail(folder, f"no {_some(missing)}", wanted, "Is config.json this model's? " + _AGAIN)
+    state = {name: found.pop(stored) for name, stored in names_in_file.items()}
+    for name, tensor in state.items():
+        if tuple(tensor.shape) != shapes[name]:
+            got = f"{name} of shape {tuple(tensor.shape)}"
+            _fail(folder, got, f"{shapes[name]} (config.json)", "Is config.json this model's?")
+        if not tensor.is_floating_point():
+            _fail(folder, f"{name} of {tensor.dtype}", "a floating-point type", _AGAIN)
+    if found:
+        log.info("%s: left out %s (no part of the masked-LM model)", folder, _some(found))
+    return state
+
+
+def write_weights(
+    folder: Path,
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes `model.safetensors`, or shards and an index; the same bytes for the same values.
+
+    Args:
+        folder: an existing folder; not atomic by itself (``fresh_folder`` makes it so).
+        config: decides the names.
+        state: tensors by their names in memory; tied twins and foreign names are left out.
+        shard_bytes: largest size of one file, bytes.
+    """
+    names = stored_names(config)
+    missing = [name for name in names if name not in state]
+    assert not missing, f"the state lacks {_some(missing)}"
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, stored in sorted(names.items()):
+        tensor = state[name].detach().cpu().contiguous()
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][stored] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        _write_file(shards[0], folder / WEIGHTS_NAME)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(shard, folder / file_name)
+        weight_map |= dict.fromkeys(shard, file_name)
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def fresh_folder(target: Path | str, *, belongs: Callable[[Path], bool]) -> Iterator[Path]:
+    """A folder beside the target to write to; at the end it becomes the target, else it goes.
+
+    Files are on the disk before the name is. A folder that stood there is renamed away first and
+    removed last, so that no moment leaves a mixture of both.
+
+    Args:
+        target: the folder to make; its parents are made too.
+        belongs: whether an existing, non-empty folder may be replaced.
+
+    Raises:
+        InputError: the target is a file, or a folder that does not belong to us.
+    """
+    target = Path(target).absolute()
+    replaces = target.is_dir() and any(target.iterdir())
+    if (target.exists() and not target.is_dir()) or (replaces and not belongs(target)):
+        got = "a folder with other files" if target.is_dir() else "a file"
+        _fail(target, got, "no such folder yet", "Choose another name, or move it away.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.new-{os.getpid()}")
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed, with this number
+    try:
+        fresh.mkdir()
+        yield fresh
+        for path in sorted(fresh.rglob("*")):
+            _sync(path)
+        _sync(fresh)
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+        _sync(target.parent)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_file(tensors: dict[str, Tensor], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # safetensors makes a file that its owner alone may read
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _skeleton(config: ModelConfig) -> LongformerForMaskedLM:
+    with torch.device("meta"):
+        return LongformerForMaskedLM(config)
+
+
+def _weight_files(folder: Path) -> list[tuple[Path, set[str] | None]]:
+    """The files that hold the weights, with the names that an index promises in each."""
+    for single, index in ((WEIGHTS_NAME, INDEX_NAME), (PICKLED_NAME, PICKLED_INDEX_NAME)):
+        if (folder / single).is_file():
+            return [(folder / single, None)]
+        if (folder / index).is_file():
+            return _indexed(folder / index)
+    _fail(
+        folder, "no weights", f"{WEIGHTS_NAME}, {INDEX_NAME} or {PICKLED_NAME}",
+        "Give a folder that save_pretrained or longpretrain wrote.",
+    )  # fmt: skip
+
+
+def _indexed(index: Path) -> list[tuple[Path, set[str] | None]]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[str, set[str]] = {}
+        for name, file_name in weight_map.items():
+            files.setdefault(file_name, set()).add(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        _fail(index, repr(error), "an index with a weight_map", _AGAIN)
+    for file_name in files:
+        if Path(file_name).name != file_name or not (index.parent / file_name).is_file():
+            _fail(index, f"no file {file_name} beside it", "every shard that it lists", _AGAIN)
+    return [(index.parent / file_name, names) for file_name, names in sorted(files.items())]
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            size = f"{path.stat().st_size:,} bytes that do not read ({error})"
+            _fail(path, size, "a whole safetensors file", _AGAIN)
+    try:
+        # weights_only never runs code of the file; mmap keeps a large file out of memory.
+        loaded = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        _fail(path, reason, "tensors and nothing else", "Save it again as model.safetensors.")
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        size = f"{path.stat().st_size:,} bytes that do not read ({error})"
+        _fail(path, size, "a whole file of torch.save", _AGAIN)
+    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+        _fail(path, type(loaded).__name__, "a dictionary of tensors", _AGAIN)
+    return dict(loaded)
+
+
+def _untied(folder: Path, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the tied twins, once they are found to be twins; a file may hold either of a pair."""
+    prefix = next((n.partition(".")[0] for n in found if ".embeddings.word_" in n), "longformer")
+    for twin, name in _TIED.items():
+        first = name.replace("longformer.", f"{prefix}.", 1)
+        if twin not in found:
+            continue
+        tensor = found.pop(twin)
+        if not torch.equal(found.setdefault(first, tensor), tensor):
+            _fail(folder, f"{twin} unlike {first}", "tied weights", "Untied decoders are not read.")
+    return found
+
+
+def _some(names: Mapping[str, object] | set[str] | list[str]) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+    return ", ".join(listed[:3]) + more
+
+
+def _fail(where: Path, got: object, wanted: object, way_out: str) -> NoReturn:
+    raise InputError(str(where), got=got, wanted=wanted, way_out=way_out)

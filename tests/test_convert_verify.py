@@ -1,0 +1,141 @@
+"""What verify finds: nothing in a good folder, and each kind of damage by its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from longpretrain.convert import VerifyReport, convert, verify
+from longpretrain.data.tokenizer import load_tokenizer
+from longpretrain.errors import InputError
+from longpretrain.model import LongformerForMaskedLM, ModelConfig, read_tensors, save_model
+
+LONG = ModelConfig(
+    vocab_size=67, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48,
+    max_position_embeddings=602, attention_window=(8, 16), initializer_range=0.3,
+)  # fmt: skip
+SHORT = dataclasses.replace(
+    LONG, model_type="roberta", attention_window=(), max_position_embeddings=66
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(3)
+    save_model(LongformerForMaskedLM(LONG), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def failed(report: VerifyReport) -> list[str]:
+    return [row.check for row in report.rows if not row.ok]
+
+
+def test_a_good_folder_passes_every_check(folder: Path) -> None:
+    report = verify(folder)
+    assert report.ok, report.lines()
+    checks = [row.check for row in report.rows]
+    for length in ("7", "255", "512", "513", "600", "21"):
+        assert any(check.startswith(f"logits, {length} tokens") for check in checks)
+    lines = report.lines()
+    assert lines[0].split() == ["check", "got", "limit"]
+    assert all(line.startswith("ok ") for line in lines[1:])
+
+
+def test_a_roberta_with_a_tokenizer_passes_until_they_disagree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer()
+    config = dataclasses.replace(SHORT, vocab_size=tokenizer.vocab_size)
+    save_model(LongformerForMaskedLM(config), tmp_path / "a")
+    tokenizer.save(tmp_path / "a", max_tokens=config.max_tokens)
+    report = verify(tmp_path / "a")
+    assert report.ok, report.lines()
+    assert report.rows[-1].check == "tokenizers agree"
+    monkeypatch.setattr(type(tokenizer), "encode", lambda self, text: np.array([5, 6, 7]))
+    (row,) = (row for row in verify(tmp_path / "a").rows if not row.ok)
+    assert (row.check, row.got[:15]) == ("tokenizers agree", "not on the text")
+
+
+def test_damage_is_found(folder: Path) -> None:
+    state = read_tensors(folder)
+    position = "longformer.embeddings.position_embeddings.weight"
+    damaged = dict(state)
+    damaged[position] = state[position].clone()
+    damaged[position][1] = 1e6
+    save_model((LONG, damaged), folder)
+    assert "position rows of padding" in failed(verify(folder))
+    damaged[position] = torch.full_like(state[position], torch.nan)
+    save_model((LONG, damaged), folder)
+    assert "weights finite" in failed(verify(folder))
+
+
+def test_another_dtype_than_config_json_says_is_found(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float16"}))
+    assert failed(verify(folder)) == ["dtype of the weights"]
+
+
+@pytest.mark.parametrize("change", [{"causal": True}, {"dilation": (1, 2, 1, 1)}], ids=str)
+def test_what_transformers_cannot_compute_is_not_called_equal(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    config = dataclasses.replace(LONG, **change)
+    save_model(LongformerForMaskedLM(config), tmp_path / "a")
+    report = verify(tmp_path / "a")
+    assert failed(report) == ["Hugging Face's format can express it"]
+
+
+def test_logits_that_differ_fail(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window that our side reads otherwise than transformers must show."""
+    module = sys.modules[verify.__module__]  # the function hides the module's name
+    real = module.load_model
+    monkeypatch.setattr(
+        module, "load_model", lambda path: real(path, changes={"attention_window": (8, 12)})
+    )
+    assert "logits, 255 tokens" in failed(verify(folder))
+
+
+def test_two_folders_are_compared_tensor_by_tensor(folder: Path, tmp_path: Path) -> None:
+    same = verify(folder, folder)
+    assert same.ok
+    assert same.rows[0].check == "tensors equal bit for bit"
+    state = dict(read_tensors(folder))
+    state["lm_head.bias"] = state["lm_head.bias"] + torch.tensor([0.25] + [0.0] * 66)
+    save_model((LONG, state), tmp_path / "b")
+    report = verify(folder, tmp_path / "b")
+    assert not report.ok
+    assert (report.rows[0].check, report.rows[0].got) == ("lm_head.bias", "differs by 2.5e-01")
+    assert failed(report)[2:] == [f"logits, {n} tokens" for n in (7, 255, 512, 513, 600)]
+
+
+def test_a_roberta_and_its_longformer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_model(LongformerForMaskedLM(SHORT), tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b", positions=100, attention_window=128)
+    report = verify(tmp_path / "a", tmp_path / "b")
+    got = {row.check: row.got for row in report.rows}
+    assert got["longformer.embeddings.position_embeddings.weight"] == "shape (66, 32) and (102, 32)"
+    assert list(got.values()).count("only in the second") == 12
+    assert [row.ok for row in report.rows if row.check.startswith("logits")] == [True, True]
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        verify(tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"neither config\.json nor"):
+        verify(tmp_path)
+
+
+def test_importing_convert_does_not_import_transformers() -> None:
+    code = "import sys, longpretrain.convert; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert transformers.__version__
