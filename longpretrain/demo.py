@@ -27,7 +27,6 @@ RANKS = "2"
 VALID_EVERY = 10
 """Every tenth speech is held out."""
 STOP_AT_STEP = 15
-SHAPE = {"num_layers": 4, "hidden_size": 128, "num_heads": 4, "intermediate_size": 512}
 
 
 def main() -> int:
@@ -116,7 +115,10 @@ def _make_init(folder: Path) -> None:
         vocab_size=tokenizer.vocab_size,
         max_position_embeddings=514,
         attention_window=(),
-        **SHAPE,
+        num_layers=4,
+        hidden_size=128,
+        num_heads=4,
+        intermediate_size=512,
     )
     torch.manual_seed(1)
     save_model(LongformerForMaskedLM(config), folder)

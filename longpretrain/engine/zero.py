@@ -12,6 +12,7 @@ What is ours here and not left to DeepSpeed (0.19.8; each has a test):
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -153,7 +154,8 @@ class ZeroEngine:
         )  # fmt: skip
         settings |= _settings_of_recipe(config, accumulation)
         deepspeed = _deepspeed()
-        with _without_fairseq():
+        # Its BF16 optimizer prints eight lines of memory figures; refusals come as exceptions.
+        with _without_fairseq(), contextlib.redirect_stdout(io.StringIO()):
             self._engine, _, _, _ = deepspeed.initialize(
                 model=model, optimizer=self._adam, config=settings
             )
@@ -230,7 +232,7 @@ class ZeroEngine:
             value = safe_get_full_fp32_param(parameter)
         else:
             value = safe_get_full_optimizer_state(parameter, key)
-        return torch.as_tensor(value).detach().to("cpu", torch.float32).reshape(shape)
+        return torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True).reshape(shape)
 
     def set_weights(self, read: Callable[[str], torch.Tensor]) -> None:
         """Sets every master weight, in fp32, from ``read(name)``. The working copies were loaded from the same."""

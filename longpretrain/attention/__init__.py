@@ -1,0 +1,15 @@
+"""The attention of Longformer: a sliding window, dilated per head, plus a few global tokens.
+
+``sliding_attention`` is the only way in; it knows no model and no process group.
+
+* ``pattern``: which keys a query reaches through its window.
+* ``reference``: the definition of right, dense and slow, for reading and for tests.
+* ``portable``: blocked PyTorch for any device, memory linear in the number of tokens.
+* ``fused``: the public operator: checks what the user passed and picks a backend.
+* ``philox``: the random bits of dropout, the same on every backend.
+"""
+
+from longpretrain.attention.fused import sliding_attention, why_not
+from longpretrain.attention.pattern import AttentionPattern
+
+__all__ = ["AttentionPattern", "sliding_attention", "why_not"]

@@ -1,0 +1,110 @@
+"""One softmax of a block of queries over the union of several sets of keys, and its gradient.
+
+What must not count is a number, never a branch: NOTHING is added to a score, and the log-sum-exp of
+a row that receives nothing is +inf, which makes its weights exp(score - inf) = 0 in the backward
+pass without a further case.
+
+Letters: B batch row, H head, D number of a head, S stream (batch row x head), M key of a stream,
+m and n the queries and keys of one block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NOTHING = float("-inf")
+NO_KEYS = float("inf")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Streams of keys and values, and in the backward pass what collects their gradients."""
+
+    k_SMD: Tensor
+    v_SMD: Tensor
+    dk_SMD: Tensor | None = None
+    dv_SMD: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A slice of a source that a block of queries attends to."""
+
+    source: Source
+    where: tuple[slice, slice]  # streams, tokens
+    biases: list[tuple[slice, Tensor]]  # to add to these columns of the scores [B, H, m, n]
+    byte_BHmn: Tensor | None  # of dropout
+    drop_below: int
+
+    def scores(self, q_SmD: Tensor, shape: tuple[int, int]) -> Tensor:
+        score_Smn = torch.bmm(q_SmD, self.source.k_SMD[self.where].transpose(1, 2))
+        score_BHmn = score_Smn.view(*shape, *score_Smn.shape[1:])
+        for columns, bias in self.biases:
+            score_BHmn[..., columns].add_(bias)
+        return score_Smn
+
+    def kept(self, dtype: torch.dtype) -> Tensor | None:
+        """1 for survivors of dropout, else 0."""
+        if self.byte_BHmn is None:
+            return None
+        # In a floating type from the start: several times quicker than by way of bool.
+        return self.byte_BHmn.flatten(0, 1).to(dtype).ge_(self.drop_below)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One block: some rows of some streams, and the sets of keys their softmax runs over."""
+
+    where: tuple[slice, slice]  # streams, rows
+    shape: tuple[int, int]  # the streams as batch rows x heads
+    sets: list[Keys]
+
+
+def attend(q_SmD: Tensor, work: Work, kept_scale: float) -> tuple[Tensor, Tensor]:
+    """One softmax over the union of the block's keys: out_SmD and lse_Sm1."""
+    scores = [keys.scores(q_SmD, work.shape) for keys in work.sets]
+    highest_Sm1 = scores[0].amax(dim=-1, keepdim=True)
+    for score_Smn in scores[1:]:
+        highest_Sm1 = torch.maximum(highest_Sm1, score_Smn.amax(dim=-1, keepdim=True))
+    # A finite maximum keeps rows without keys from NaN: their weights are exp(-inf) = 0.
+    highest_Sm1.clamp_(min=torch.finfo(highest_Sm1.dtype).min)
+    sum_Sm1, out_SmD = torch.zeros_like(highest_Sm1), torch.zeros_like(q_SmD)
+    for keys, score_Smn in zip(work.sets, scores, strict=True):
+        weight_Smn = score_Smn.sub_(highest_Sm1).exp_()
+        sum_Sm1 += weight_Smn.sum(dim=-1, keepdim=True)
+        kept_Smn = keys.kept(weight_Smn.dtype)
+        if kept_Smn is not None:
+            weight_Smn.mul_(kept_Smn)
+        out_SmD.baddbmm_(weight_Smn, keys.source.v_SMD[keys.where])
+    # The highest score adds 1 to the sum, so this minimum changes only rows without keys.
+    out_SmD.mul_(kept_scale / sum_Sm1.clamp(min=1))
+    lse_Sm1 = (highest_Sm1 + sum_Sm1.log()).masked_fill_(sum_Sm1 == 0, NO_KEYS)
+    return out_SmD, lse_Sm1
+
+
+def attend_backward(
+    work: Work, q_SmD: Tensor, dout_SmD: Tensor, lse_Sm1: Tensor, delta_Sm1: Tensor
+) -> Tensor:
+    """The gradient of the queries; that of the keys and values is added to their sources.
+
+    ``dout_SmD`` is the output's gradient times ``kept_scale``; ``delta_Sm1`` is the sum over D of
+    the output's gradient times the output, which is the sum of weight times weight's gradient.
+    """
+    dq_SmD = torch.zeros_like(q_SmD)
+    for keys in work.sets:
+        source, where = keys.source, keys.where
+        assert source.dk_SMD is not None and source.dv_SMD is not None
+        weight_Smn = keys.scores(q_SmD, work.shape).sub_(lse_Sm1).exp_()
+        dscore_Smn = torch.bmm(dout_SmD, source.v_SMD[where].transpose(1, 2))
+        kept_weight_Smn, kept_Smn = weight_Smn, keys.kept(weight_Smn.dtype)
+        if kept_Smn is not None:
+            dscore_Smn.mul_(kept_Smn)
+            kept_weight_Smn = kept_Smn.mul_(weight_Smn)
+        source.dv_SMD[where].baddbmm_(kept_weight_Smn.transpose(1, 2), dout_SmD)
+        dscore_Smn.sub_(delta_Sm1).mul_(weight_Smn)
+        dq_SmD.baddbmm_(dscore_Smn, source.k_SMD[where])
+        source.dk_SMD[where].baddbmm_(dscore_Smn.transpose(1, 2), q_SmD)
+    return dq_SmD

@@ -1,0 +1,83 @@
+"""Which tokens of a sequence attend to, and are attended by, all others: a policy as data.
+
+Legend: N tokens of a sequence, G global tokens.
+The recipe's key ``model.global_tokens`` is one of
+
+    none        no global token (the published masked-LM recipe)
+    first       the first token, <s> (Longformer, section 3.1: classification)
+    every_K     tokens 0, K, 2K, ...
+    ids_A_B     every token whose id is A or B, such as a question or paragraph mark
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longpretrain.errors import InputError
+
+
+@dataclass(frozen=True)
+class GlobalTokens:
+    """A parsed policy."""
+
+    kind: Literal["none", "first", "every", "ids"]
+    every: int = 0
+    """Distance between global tokens; of kind every only."""
+    ids: tuple[int, ...] = ()
+    """Ids of the global tokens; of kind ids only."""
+
+    def max_slots(self, max_tokens: int) -> int:
+        """The most global tokens that a sequence of max_tokens can have (ids: all of them)."""
+        match self.kind:
+            case "none":
+                return 0
+            case "first":
+                return 1
+            case "every":
+                return -(-max_tokens // self.every)
+            case "ids":
+                return max_tokens
+
+    @property
+    def is_static(self) -> bool:
+        """The number of global tokens follows from the length alone, not from the text."""
+        return self.kind != "ids"
+
+
+def parse_global_tokens(text: str) -> GlobalTokens:
+    """The policy that a recipe names.
+
+    Raises:
+        InputError: not one of none, first, every_K, ids_A_B.
+    """
+    if text in ("none", "first"):
+        return GlobalTokens("none" if text == "none" else "first")
+    if match := re.fullmatch(r"every_([1-9][0-9]{0,8})", text):
+        return GlobalTokens("every", every=int(match[1]))
+    if re.fullmatch(r"ids(_[0-9]{1,9})+", text):
+        ids = sorted({int(part) for part in text.split("_")[1:]})
+        return GlobalTokens("ids", ids=tuple(ids))
+    raise InputError(
+        "recipe key model.global_tokens",
+        got=repr(text),
+        wanted="none, first, every_K or ids_A_B",
+        way_out="For example first, every_64 or ids_0_50264.",
+    )
+
+
+def global_positions(tokens_N: NDArray[np.integer], policy: GlobalTokens) -> NDArray[np.int32]:
+    """Positions of the global tokens of an unpadded sequence: int32, ascending, G of them."""
+    match policy.kind:
+        case "none":
+            return np.zeros(0, np.int32)
+        case "first":
+            return np.arange(min(1, len(tokens_N)), dtype=np.int32)
+        case "every":
+            return np.arange(0, len(tokens_N), policy.every, dtype=np.int32)
+        case "ids":
+            return np.flatnonzero(np.isin(tokens_N, policy.ids)).astype(np.int32)

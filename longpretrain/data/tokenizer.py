@@ -1,0 +1,210 @@
+"""Text <-> token ids: byte-level BPE through tiktoken, any other tokenizer.json through tokenizers.
+
+``load_tokenizer()`` is RoBERTa's BPE, shipped with the package; ``load_tokenizer(folder)`` reads a
+Hugging Face folder. The ids are those that transformers gives for the same folder, with three
+differences on purpose: no special tokens are added, special tokens written out in a text are text,
+and no space is put before the first word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longpretrain.data import byte_bpe, tokenizer_files
+from longpretrain.errors import InputError
+
+ROBERTA_BPE = Path(__file__).parent / "roberta_bpe"
+
+# Rows that a vocabulary keeps for nothing: fairseq pads its dictionary, BERT reserves room.
+_UNUSED = re.compile(r"madeupword\d{4}|\[unused\d+\]")
+
+
+class Tokenizer(ABC):
+    """A vocabulary with its special tokens, and the way between text and ids.
+
+    Attributes:
+        vocab_size: number of ids, the largest one plus 1.
+        bos_id, eos_id, pad_id, mask_id, unk_id: ids of ``<s> </s> <pad> <mask> <unk>``.
+        special_ids: those and any other special token.
+        real_ids: int32, ascending: ids of real tokens, which masking may draw; neither special
+            tokens nor madeupword ones (RoBERTa: 50,257).
+        fingerprint: sha256 hex of vocabulary and merges, the same for every file form of one BPE.
+    """
+
+    def __init__(
+        self, vocab: Mapping[str, int], roles: tokenizer_files.Roles, special: Iterable[str]
+    ) -> None:
+        self.vocab = dict(vocab)
+        self.roles = roles
+        self.vocab_size = max(self.vocab.values()) + 1
+        self.bos_id = self.vocab[roles.bos]
+        self.eos_id = self.vocab[roles.eos]
+        self.pad_id = self.vocab[roles.pad]
+        self.mask_id = self.vocab[roles.mask]
+        self.unk_id = self.vocab[roles.unk]
+        self.special_ids = frozenset(
+            self.vocab[name] for name in {*roles.names, *special} if name in self.vocab
+        )
+        self.real_ids = np.array(
+            sorted(
+                number
+                for name, number in self.vocab.items()
+                if number not in self.special_ids and not _UNUSED.fullmatch(name)
+            ),
+            dtype=np.int32,
+        )
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """See the class."""
+
+    @abstractmethod
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """Ids of a text, no special tokens added; ``<s>`` written out in it is text.
+
+        Raises:
+            InputError: the text holds a lone surrogate, which is no character.
+        """
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens written out; bytes that are not UTF-8 become U+FFFD."""
+
+    @abstractmethod
+    def save(self, folder: Path, max_tokens: int) -> None:
+        """Writes the files that transformers loads, with ``model_max_length = max_tokens``.
+
+        Args:
+            folder: an existing folder; tokenizer files in it are replaced.
+            max_tokens: longest sequence of the model, special tokens included.
+        """
+
+
+class ByteLevelBPE(Tokenizer):
+    """GPT-2's scheme (Radford et al. 2019, section 2.2): bytes, merged by rank inside words."""
+
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        merges: Sequence[tuple[str, str]],
+        roles: tokenizer_files.Roles,
+        special: Iterable[str],
+    ) -> None:
+        super().__init__(vocab, roles, special)
+        self.merges = list(merges)
+        self._codec = byte_bpe.ByteBPE(self.vocab, self.merges)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        by_id = sorted(self.vocab.items(), key=lambda item: (item[1], item[0]))
+        return _sha256(["byte-level BPE", by_id, self.merges])
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        check_text(text)
+        return self._codec.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._codec.decode(ids)
+
+    def save(self, folder: Path, max_tokens: int) -> None:
+        """See the base class. Files: vocab.json, merges.txt, tokenizer.json and the two configs."""
+        special = sorted(name for name, number in self.vocab.items() if number in self.special_ids)
+        tokenizer_files.write_byte_bpe(
+            folder, self.vocab, self.merges, self.roles, special=special, max_tokens=max_tokens
+        )
+
+
+class LibraryTokenizer(Tokenizer):
+    """Any tokenizer.json, through the tokenizers library (WordPiece, Unigram, ...)."""
+
+    def __init__(self, folder: Path, roles: tokenizer_files.Roles, special: Iterable[str]) -> None:
+        import tokenizers
+
+        self._folder = folder
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        super().__init__(self._tokenizer.get_vocab(with_added_tokens=True), roles, special)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        tree = tokenizer_files.read_json(self._folder / "tokenizer.json")
+        keys = ("model", "normalizer", "pre_tokenizer", "added_tokens")
+        return _sha256([tree.get(key) for key in keys])
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        check_text(text)
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return np.array(ids, dtype=np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
+
+    def save(self, folder: Path, max_tokens: int) -> None:
+        """See the base class. The source's own files are copied, the length is set."""
+        tokenizer_files.copy(self._folder, folder, self.roles, max_tokens)
+
+
+def load_tokenizer(folder: Path | str | None = None) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder, or RoBERTa's BPE as shipped.
+
+    Args:
+        folder: holds tokenizer.json, or vocab.json with merges.txt. None: RoBERTa's BPE.
+
+    Raises:
+        InputError: no such files, files that do not parse, or a special token that is missing.
+    """
+    return _roberta() if folder is None else _load(Path(folder))
+
+
+@cache
+def _roberta() -> Tokenizer:
+    return _load(ROBERTA_BPE)
+
+
+def _load(folder: Path) -> Tokenizer:
+    files = tokenizer_files.read(folder)
+    roles = tokenizer_files.find_roles(folder, files)
+    if files.merges is None or not byte_bpe.is_exact(files.vocab, files.merges):
+        if not files.has_json:
+            raise InputError(
+                f"tokenizer {folder}",
+                got="vocab.json and merges.txt of a BPE without all 256 bytes or with odd merges",
+                wanted="a byte-level BPE, or a tokenizer.json",
+                way_out="Load it in transformers and save_pretrained() it: that writes one.",
+            )
+        return LibraryTokenizer(folder, roles, files.special)
+    return ByteLevelBPE(files.vocab, files.merges, roles, files.special)
+
+
+def check_text(text: str) -> None:
+    """Checks that a text can be written as UTF-8.
+
+    Raises:
+        InputError: it holds a lone surrogate.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            "text",
+            got=f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start}",
+            wanted="Unicode characters",
+            way_out="Take it out of the text, or replace it by U+FFFD.",
+        ) from error
+
+
+def _sha256(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

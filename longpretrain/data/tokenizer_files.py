@@ -1,0 +1,268 @@
+"""Hugging Face tokenizer files: read as plain data, written so that transformers agrees on ids."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longpretrain.errors import InputError
+
+# Every file that a Hugging Face tokenizer may keep beside tokenizer.json.
+_COPIED = (
+    "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "special_tokens_map.json",
+    "added_tokens.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model",
+)  # fmt: skip
+_CONFIG = "tokenizer_config.json"
+
+# Role: keys of tokenizer_config.json that name it, then the usual names.
+_ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "bos": (("bos_token", "cls_token"), ("<s>", "[CLS]")),
+    "eos": (("eos_token", "sep_token"), ("</s>", "[SEP]")),
+    "pad": (("pad_token",), ("<pad>", "[PAD]")),
+    "mask": (("mask_token",), ("<mask>", "[MASK]")),
+    "unk": (("unk_token",), ("<unk>", "[UNK]")),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """The names of the special tokens that pretraining needs."""
+
+    bos: str
+    eos: str
+    pad: str
+    mask: str
+    unk: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All five."""
+        return self.bos, self.eos, self.pad, self.mask, self.unk
+
+    @property
+    def config(self) -> dict[str, str]:
+        """The keys of tokenizer_config.json."""
+        return {
+            "bos_token": self.bos,
+            "eos_token": self.eos,
+            "sep_token": self.eos,
+            "cls_token": self.bos,
+            "unk_token": self.unk,
+            "pad_token": self.pad,
+            "mask_token": self.mask,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFiles:
+    """What a folder says about its tokenizer."""
+
+    vocab: dict[str, int]
+    """Token -> id, added tokens included."""
+    merges: list[tuple[str, str]] | None
+    """Merges of a plain byte-level BPE; None for any other tokenizer."""
+    special: tuple[str, ...]
+    """Added tokens marked special."""
+    has_json: bool
+    """There is a tokenizer.json."""
+
+
+def read(folder: Path) -> TokenizerFiles:
+    """Reads tokenizer.json, else vocab.json and merges.txt.
+
+    Raises:
+        InputError: there are none, or they do not parse.
+    """
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return _read_tokenizer_json(folder)
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return _read_vocab_and_merges(folder)
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise InputError(
+            f"tokenizer {folder}",
+            got=f"{type(error).__name__} {error}",
+            wanted="tokenizer files in Hugging Face's format",
+            way_out="Save the tokenizer again with transformers' save_pretrained().",
+        ) from error
+    nothing = "neither tokenizer.json nor vocab.json with merges.txt"
+    raise InputError(
+        f"tokenizer {folder}",
+        got=nothing if folder.is_dir() else "no such folder",
+        wanted="a folder with a Hugging Face tokenizer",
+        way_out="Write one with transformers' save_pretrained(), or take RoBERTa's by naming none.",
+    )
+
+
+def find_roles(folder: Path, files: TokenizerFiles) -> Roles:
+    """The special tokens, as the configs name them, else by their usual names.
+
+    Raises:
+        InputError: the vocabulary has none for one of the roles.
+    """
+    config = {
+        key: value.get("content") if isinstance(value, dict) else value
+        for name in ("special_tokens_map.json", _CONFIG)
+        for key, value in _read_optional(folder / name).items()
+    }
+    found = {}
+    for role, (keys, usual) in _ROLES.items():
+        names = [*(config.get(key) for key in keys), *usual]
+        known = [name for name in names if isinstance(name, str) and name in files.vocab]
+        if not known:
+            raise InputError(
+                f"tokenizer {folder}",
+                got=f"no {role} token in its vocabulary of {len(files.vocab)}",
+                wanted=f"{' or '.join(usual)}, or what tokenizer_config.json names as {keys[0]}",
+                way_out="Masked-LM pretraining needs <s>, </s>, <pad>, <unk> and <mask>: add it.",
+            )
+        found[role] = known[0]
+    return Roles(**found)
+
+
+def write_byte_bpe(
+    folder: Path,
+    vocab: Mapping[str, int],
+    merges: Sequence[tuple[str, str]],
+    roles: Roles,
+    *,
+    special: Sequence[str],
+    max_tokens: int,
+) -> None:
+    """Writes a byte-level BPE as RoBERTa's tokenizer: transformers has it for Longformer too."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    plain = {"single_word": False, "rstrip": False, "normalized": False, "special": True}
+    added: dict[str, dict[str, Any]] = {
+        # The mask takes the space before it, as in RoBERTa: "a <mask>" is two tokens.
+        name: {"content": name, "lstrip": name == roles.mask, **plain}
+        for name in sorted(special, key=lambda name: vocab[name])
+    }
+    whole = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=list(merges)))
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    whole.decoder = decoders.ByteLevel()
+    whole.post_processor = processors.RobertaProcessing(
+        (roles.eos, vocab[roles.eos]), (roles.bos, vocab[roles.bos]), True, False
+    )
+    whole.add_special_tokens([tokenizers.AddedToken(**entry) for entry in added.values()])
+    names = roles.config | {"mask_token": {"__type": "AddedToken", **added[roles.mask]}}
+    extra = [name for name in added if name not in roles.names]
+    config = {
+        "tokenizer_class": "RobertaTokenizer",
+        "model_max_length": max_tokens,
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "errors": "replace",
+        **names,
+        **({"additional_special_tokens": extra} if extra else {}),
+    }
+    _write_text(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges), ""]
+    _write_text(folder / "merges.txt", "\n".join(lines))
+    _write_text(folder / "tokenizer.json", whole.to_str())
+    _write_json(
+        folder / "special_tokens_map.json", roles.config | {"mask_token": added[roles.mask]}
+    )
+    _write_json(folder / _CONFIG, config)
+
+
+def copy(source: Path, folder: Path, roles: Roles, max_tokens: int) -> None:
+    """Copies a tokenizer's files and sets the length of the longest sequence."""
+    for name in _COPIED:
+        if (source / name).is_file():
+            temporary = folder / f"{name}.part"
+            shutil.copyfile(source / name, temporary)
+            temporary.replace(folder / name)
+    config = _read_optional(source / _CONFIG)
+    # Without a class transformers would take the model's, RoBERTa's BPE; this one takes any file.
+    defaults = {"tokenizer_class": "PreTrainedTokenizerFast", **roles.config}
+    stated = {key: value for key, value in config.items() if value is not None}
+    _write_json(folder / _CONFIG, defaults | stated | {"model_max_length": max_tokens})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        InputError: it is not one.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(tree, dict):
+            return tree
+        reason = f"a {type(tree).__name__}"
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+    raise InputError(
+        f"file {path}", got=reason, wanted="a JSON object in UTF-8",
+        way_out="The file is damaged: copy it again.",
+    )  # fmt: skip
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _read_tokenizer_json(folder: Path) -> TokenizerFiles:
+    tree = read_json(folder / "tokenizer.json")
+    model, added = tree["model"], tree.get("added_tokens") or []
+    vocab = model["vocab"]
+    if isinstance(vocab, list):  # Unigram: pieces with scores, in id order
+        vocab = {piece: number for number, (piece, _) in enumerate(vocab)}
+    vocab = dict(vocab) | {entry["content"]: entry["id"] for entry in added}
+    ordinary = [entry for entry in added if not entry["special"]]
+    merges = None
+    if _is_byte_level_bpe(tree) and not ordinary:
+        merges = [_pair(merge) for merge in model["merges"]]
+    special = tuple(entry["content"] for entry in added if entry["special"])
+    return TokenizerFiles(vocab=vocab, merges=merges, special=special, has_json=True)
+
+
+def _is_byte_level_bpe(tree: Mapping[str, Any]) -> bool:
+    model, split = tree["model"], tree.get("pre_tokenizer") or {}
+    odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    return (
+        model.get("type") == "BPE"
+        and not any(model.get(key) for key in odd)
+        and tree.get("normalizer") is None
+        and split.get("type") == "ByteLevel"
+        and split.get("use_regex", True)
+    )
+
+
+def _read_vocab_and_merges(folder: Path) -> TokenizerFiles:
+    vocab = {token: int(number) for token, number in read_json(folder / "vocab.json").items()}
+    vocab |= _read_optional(folder / "added_tokens.json")
+    decoder = _read_optional(folder / _CONFIG).get("added_tokens_decoder") or {}
+    vocab |= {entry["content"]: int(number) for number, entry in decoder.items()}
+    special = tuple(entry["content"] for entry in decoder.values() if entry.get("special"))
+    # Split at line feeds only: a merge may hold other characters that Python takes for line ends.
+    lines = (folder / "merges.txt").read_bytes().decode("utf-8").replace("\r\n", "\n").split("\n")
+    merges = [_pair(line) for line in lines if line and not line.startswith("#version")]
+    return TokenizerFiles(vocab=vocab, merges=merges, special=special, has_json=False)
+
+
+def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    _write_text(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.part")
+    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

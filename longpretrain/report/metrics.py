@@ -1,0 +1,315 @@
+"""The journal of a run: metrics.jsonl, the console with log.txt, and TensorBoard.
+
+metrics.jsonl holds one JSON object per line, of three kinds: ``train`` (one per update),
+``evaluation`` (a score on held-out data) and ``event`` (what happened to the run: started,
+resumed, preempted). A number is either in ``DETERMINISTIC``, and then the same in every repetition
+of the run on one device kind, or in ``MEASURED``. A resumed run cuts the file back to its
+checkpoint and goes on, so that ``deterministic(read_metrics(path))`` equals that of a run that
+never stopped.
+
+"Bits" are bits per masked token, log2 cross-entropy per masked wordpiece: what the Longformer paper
+calls BPC (section 5). Speed is of the whole run (all ranks), memory of the rank that writes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from longpretrain.errors import InputError
+from longpretrain.report.console import Console, duration_text
+
+DETERMINISTIC = (
+    "kind", "name", "step", "epoch", "samples", "loss", "bits", "lr", "grad_norm",
+    "masked_tokens", "tokens", "skipped",
+)  # fmt: skip
+"""Fields that repeat exactly: loss in nats per masked token, tokens and masked_tokens of that
+update, samples and skipped (updates without effect) since the run began."""
+MEASURED = (
+    "time", "step_s", "tokens_per_s", "data_wait_s", "memory_peak_mb", "mfu", "evaluation_s",
+)  # fmt: skip
+"""Fields that a clock or a device gave: time in seconds since 1970, memory in 10^6 bytes."""
+
+# Dense bf16 and fp16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets; first match counts.
+_PEAK_FLOPS = (("A100", 312e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12),
+               ("H200", 989e12))  # fmt: skip
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, in order; a half-written last line is left out.
+
+    Raises:
+        InputError: there is no such file, or a line before the last is not a JSON object.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"metrics {path}", got="no such file", wanted="the metrics.jsonl of a run",
+            way_out="Give the folder of a run that has begun.",
+        )  # fmt: skip
+    rows = path.read_bytes().split(b"\n")
+    # Whatever follows the last newline is a line that a crash cut short.
+    return [_parse(path, number, row) for number, row in enumerate(rows[:-1], 1) if row.strip()]
+
+
+def deterministic(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What must be equal in two repetitions of a run: no events, no measured fields."""
+    return [
+        {key: line[key] for key in DETERMINISTIC if key in line}
+        for line in lines
+        if line["kind"] != "event"
+    ]
+
+
+def train_flops_per_token(
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    vocab_size: int,
+    attention_window: Sequence[int | None],
+    max_tokens: int,
+    masked_share: float = 0.15,
+) -> float:
+    """Model FLOPs of one update per token: the forward pass and twice as much for the backward.
+
+    Counts multiply-adds of matrix products as 2, as PaLM does (Chowdhery et al. 2022, appendix B).
+    Recomputation (activation checkpointing, attention's backward) is not counted, and the
+    vocabulary projection runs on the masked share only.
+
+    Args:
+        hidden_size: width of the model.
+        intermediate_size: width of the feed-forward layer.
+        vocab_size: rows of the tied embedding.
+        attention_window: total window, one per layer; None for a layer with full attention.
+        max_tokens: tokens of a sequence, which bound the keys of a query.
+        masked_share: share of the tokens that the head sees.
+    """
+    linear = 4 * hidden_size**2 + 2 * hidden_size * intermediate_size
+    head = masked_share * (hidden_size**2 + hidden_size * vocab_size)
+    multiply_adds = head
+    for window in attention_window:
+        multiply_adds += linear + 2 * hidden_size * _keys_per_query(window, max_tokens)
+    return 3 * 2 * multiply_adds
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Peak of one device in FLOP/s for dense bf16 or fp16; None for fp32 and unknown devices."""
+    if precision not in ("bf16", "fp16"):
+        return None
+    return next((peak for part, peak in _PEAK_FLOPS if part in device_name), None)
+
+
+def memory_peak_mb() -> float:
+    """Peak memory of this process in 10^6 bytes: of CUDA's allocator if in use, else resident."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return float(torch.cuda.max_memory_allocated()) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+class MetricsLog:
+    """Writes the journal of a run; on ranks that do not write, every method does nothing.
+
+    Lines reach the file at once; ``sync()`` before a checkpoint becomes the latest makes sure that
+    the lines up to it survive a crash of the machine. Evaluate before the checkpoint of the same
+    step: a resumed run keeps the lines up to and including its checkpoint's step.
+
+    Args:
+        run_dir: the run folder, made if missing; gets metrics.jsonl, log.txt and tensorboard/.
+        total_steps: updates of the whole run, for progress and ETA.
+        resume_from_step: None starts anew (earlier lines go); k keeps the lines of steps <= k.
+        every_steps: updates between lines on the console; metrics.jsonl has every update.
+        tensorboard: also write TensorBoard events.
+        is_writer: True on rank 0 only.
+        flops_per_token: of one update, see ``train_flops_per_token``; for MFU.
+        peak_flops: of all devices together, see ``peak_flops``; None: MFU is not known.
+        console: where the lines go; None is stdout. A bar goes to stderr when that is a terminal.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        total_steps: int,
+        resume_from_step: int | None = None,
+        every_steps: int = 10,
+        tensorboard: bool = True,
+        is_writer: bool = True,
+        flops_per_token: float | None = None,
+        peak_flops: float | None = None,
+        console: TextIO | None = None,
+    ) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        self._is_writer = is_writer
+        if not is_writer:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _cut(self.path, resume_from_step)
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._every_steps, self._total_steps = every_steps, total_steps
+        self._is_first = True
+        self._file = self.path.open("a", encoding="utf-8", newline="\n")
+        self._console = Console(
+            run_dir / "log.txt", total_steps=total_steps, first_step=resume_from_step, out=console
+        )
+        self._tensorboard = None
+        if tensorboard:
+            self._tensorboard = _open_tensorboard(run_dir, resume_from_step, self._console)
+
+    def report(self, line: Mapping[str, Any]) -> None:
+        """Takes one line in; fields beyond these are written as they are.
+
+        ``kind`` and ``step`` (the first update is 1) are in every line. ``train``: epoch, samples,
+        loss (mean nats over the masked tokens of all ranks), lr, grad_norm, masked_tokens, tokens,
+        skipped, step_s, data_wait_s. ``evaluation``: loss (nats), masked_tokens; optional name
+        (default: valid) and evaluation_s. ``event``: event (what happened, in words).
+        """
+        if not self._is_writer:
+            return
+        known = {"train": self._train, "evaluation": self._evaluation, "event": self._event}
+        known[line["kind"]](dict(line))
+
+    def say(self, text: str) -> None:
+        """A line for people: console and log.txt, not the metrics."""
+        if self._is_writer:
+            self._console.say(text)
+
+    def sync(self) -> None:
+        """Makes the lines so far survive a crash of the machine."""
+        if self._is_writer:
+            os.fsync(self._file.fileno())
+            if self._tensorboard is not None:
+                self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Closes the files and takes the progress bar away; safe to call twice."""
+        if self._is_writer and not self._file.closed:
+            self.sync()
+            self._file.close()
+            self._console.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _train(self, line: dict[str, Any]) -> None:
+        line["bits"] = line["loss"] / math.log(2)
+        line["tokens_per_s"] = line["tokens"] / line["step_s"] if line["step_s"] > 0 else 0.0
+        line["memory_peak_mb"] = memory_peak_mb()
+        line["mfu"] = None
+        if self._flops_per_token is not None and self._peak_flops is not None:
+            line["mfu"] = line["tokens_per_s"] * self._flops_per_token / self._peak_flops
+        line = self._write(line)
+        step = line["step"]
+        is_shown = self._is_first or step % self._every_steps == 0 or step == self._total_steps
+        self._is_first = False
+        self._console.update(line, is_shown=is_shown)
+        self._scalars("train", line, ("loss", "bits", "lr", "grad_norm", *MEASURED))
+
+    def _evaluation(self, line: dict[str, Any]) -> None:
+        line = self._write({"name": "valid", **line, "bits": line["loss"] / math.log(2)})
+        bits = "no" if line["bits"] is None else f"{line['bits']:.4f}"
+        took = f", {duration_text(line['evaluation_s'])}" if "evaluation_s" in line else ""
+        self._console.say(
+            f"step {line['step']}: {line['name']} {bits} bits per masked token"
+            f" ({line['masked_tokens']:,} masked tokens{took})"
+        )
+        self._scalars(line["name"], line, ("loss", "bits"))
+        self.sync()
+
+    def _event(self, line: dict[str, Any]) -> None:
+        self._write(line)
+        self._console.say(f"step {line['step']}: {line['event']}")
+        self.sync()
+
+    def _write(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        written = {key: _plain(key, value) for key, value in line.items()}
+        written["time"] = round(time.time(), 3)
+        self._file.write(json.dumps(written, allow_nan=False) + "\n")
+        self._file.flush()
+        return written
+
+    def _scalars(self, group: str, line: Mapping[str, Any], names: Sequence[str]) -> None:
+        if self._tensorboard is None:
+            return
+        for name in names:
+            if name != "time" and line.get(name) is not None:
+                self._tensorboard.add_scalar(f"{group}/{name}", line[name], line["step"])
+
+
+def _parse(path: Path, number: int, row: bytes) -> dict[str, Any]:
+    try:
+        line = json.loads(row)
+    except ValueError:
+        line = None
+    if not isinstance(line, dict) or "kind" not in line or "step" not in line:
+        raise InputError(
+            f"metrics {path} line {number}", got="no metrics line",
+            wanted="an object with kind and step",
+            way_out="Remove that line, or take the file back from a copy.",
+        )  # fmt: skip
+    return line
+
+
+def _cut(path: Path, resume_from_step: int | None) -> None:
+    """Leaves only whole lines of steps <= resume_from_step; None leaves none."""
+    lines: list[dict[str, Any]] = []
+    if resume_from_step is not None and path.exists():
+        lines = [line for line in read_metrics(path) if line["step"] <= resume_from_step]
+    text = io.StringIO()
+    for line in lines:
+        text.write(json.dumps(line, allow_nan=False) + "\n")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with beside.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _open_tensorboard(run_dir: Path, resume_from_step: int | None, console: Console) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        console.say(f"no TensorBoard events: {error}; metrics.jsonl has the same numbers")
+        return None
+    # Readers drop what an earlier, longer attempt wrote from this step on.
+    purge_step = 0 if resume_from_step is None else resume_from_step + 1
+    return SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=purge_step)
+
+
+def _plain(key: str, value: Any) -> Any:
+    """JSON has no NaN and no infinity: a number that is not finite becomes null."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        if key in MEASURED:
+            return float(f"{value:.6g}")
+    return value
+
+
+def _keys_per_query(window: int | None, max_tokens: int) -> float:
+    """Mean number of keys that a query of a whole sequence reaches, sequence ends included."""
+    if window is None:
+        return max_tokens
+    side = min(window // 2, max_tokens - 1)
+    # Each side loses 1 + 2 + ... + side keys at the end of the sequence.
+    return 2 * side + 1 - side * (side + 1) / max_tokens

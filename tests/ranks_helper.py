@@ -1,0 +1,51 @@
+"""Starts ranks for tests: torchrun over rank_driver.py, on this machine, with free ports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a driven group of ranks left."""
+
+    exit_codes: list[int]
+    output: str
+
+
+def rank_environment() -> dict[str, str]:
+    """The environment of a user's shell: no launcher's variables, the project and its tools found."""
+    foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LONGPRETRAIN_WORLD_SIZE")
+    env = {key: value for key, value in os.environ.items() if key not in foreign}
+    return env | {
+        "PATH": f"{BIN}:{env['PATH']}",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def drive(folder: Path, ranks: int, commands: Sequence[dict[str, Any]]) -> Finished:
+    """Runs train commands one after another on ``ranks`` processes; see rank_driver.py."""
+    folder.mkdir(parents=True, exist_ok=True)
+    listing = folder / "commands.json"
+    listing.write_text(json.dumps(list(commands)), encoding="utf-8")
+    finished = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone",
+         str(ROOT / "tests" / "rank_driver.py"), str(listing)],
+        cwd=ROOT, env=rank_environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    output = finished.stdout + finished.stderr
+    marks = [line for line in output.splitlines() if line.startswith("rank 0 exit codes")]
+    assert marks, f"rank 0 did not end (exit code {finished.returncode}):\n{output[-4000:]}"
+    return Finished(json.loads(marks[0].removeprefix("rank 0 exit codes ")), output)

@@ -1,0 +1,184 @@
+"""DeepSpeed's hazards: non-finite gradients, rounded masters, keys that a recipe owns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+from torch import nn
+
+from longpretrain.config import Config, from_tree
+from longpretrain.engine import zero
+from longpretrain.engine.zero import ZeroEngine
+from longpretrain.errors import InputError
+from longpretrain.ranks import Ranks
+
+PAIRS = [(p, s) for p in ("fp32", "bf16") for s in (0, 1, 2, 3) if (p, s) != ("bf16", 0)]
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.last = nn.Linear(8, 1)
+        self.unused = nn.Linear(3, 3)
+        self.unused.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.first(x.to(self.first.weight.dtype)))).float().sum()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
+            patch.setenv(name, "")
+        zero.start_ranks(Ranks(), torch.device("cpu"))
+        yield
+        zero.stop_ranks()
+
+
+def config(precision: str, stage: int, **optim: float) -> Config:
+    tree = {"precision": precision, "zero": {"config": f"ds_configs/zero{stage}.json"}}
+    return from_tree(tree | {"optim": {"lr": 0.1, **optim}})
+
+
+def start(precision: str, stage: int, **optim: float) -> ZeroEngine:
+    torch.manual_seed(0)
+    return ZeroEngine(Small(), config(precision, stage, **optim), accumulation=2)
+
+
+def update(engine: ZeroEngine, poison: str = "") -> zero.StepResult:
+    for number in range(2):
+        loss = engine(torch.ones(2, 8))
+        if number == 0 and poison == "loss":
+            loss = loss * float("inf")
+        if number == 0 and poison == "gradient":
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        engine.backward(loss)
+        if number == 0:
+            engine.micro_step()
+    return engine.step()
+
+
+def weights(engine: ZeroEngine) -> dict[str, torch.Tensor]:
+    return {name: engine.full_state(name) for name in engine.trained_names}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+@pytest.mark.parametrize(("precision", "stage"), PAIRS)
+def test_non_finite_never_reaches_the_weights(precision: str, stage: int, poison: str) -> None:
+    engine = start(precision, stage)
+    assert update(engine).applied
+    before = weights(engine)
+    refused = update(engine, poison)
+    assert not refused.applied
+    assert same(before, weights(engine))
+    assert engine.updates_applied == 1
+    good = update(engine)
+    assert good.applied
+    assert good.grad_norm > 0
+    assert not same(before, weights(engine))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_masters_can_be_exact_in_bf16(stage: int) -> None:
+    engine = start("bf16", stage)
+    torch.manual_seed(0)
+    exact = dict(Small().named_parameters())
+    rounded = weights(engine)
+    assert not torch.equal(rounded["first.weight"], exact["first.weight"])  # DeepSpeed's own start
+    engine.set_weights(exact.__getitem__)
+    assert same(weights(engine), {name: exact[name] for name in rounded})
+
+
+@pytest.mark.parametrize(("precision", "stage"), PAIRS)
+def test_first_update_is_torch_adamw(precision: str, stage: int) -> None:
+    """No hidden step at start, no division by accumulation: the update equals plain torch's."""
+    engine = start(precision, stage, weight_decay=0.1)
+    torch.manual_seed(0)
+    plain = Small()
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(engine.full_state(name))
+    adam = torch.optim.AdamW(
+        [p for p in plain.parameters() if p.requires_grad],
+        lr=0.1, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1,
+    )  # fmt: skip
+    (2 * plain(torch.ones(2, 8))).backward()
+    adam.step()
+    update(engine)
+    got, wanted = weights(engine), dict(plain.named_parameters())
+    # Adam's first update is lr * sign(gradient): bf16 gradients round, their signs do not.
+    tolerance = 1e-6 if precision == "fp32" else 2e-3
+    for name, value in got.items():
+        torch.testing.assert_close(value, wanted[name].detach(), atol=tolerance, rtol=tolerance)
+
+
+def test_frozen_parameters_are_not_decayed() -> None:
+    engine = start("fp32", 1, weight_decay=0.5)
+    assert "unused.weight" not in engine.trained_names
+    before = dict(engine.module.named_parameters())["unused.weight"].detach().clone()
+    update(engine)
+    assert torch.equal(before, dict(engine.module.named_parameters())["unused.weight"])
+
+
+@pytest.mark.parametrize(("precision", "stage"), PAIRS)
+def test_moments_survive_a_restart(precision: str, stage: int) -> None:
+    engine = start(precision, stage)
+    update(engine)
+    kept = {key: {n: engine.full_state(n, key) for n in engine.trained_names} for key in zero.MOMENTS}
+    masters = weights(engine)
+    update(engine)
+    wanted = weights(engine)
+    torch.manual_seed(0)
+    model = Small()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(masters.get(name, parameter))
+    again = ZeroEngine(model, config(precision, stage), accumulation=2)
+    again.set_weights(masters.__getitem__)
+    again.set_moments(lambda name, key: kept[key][name], updates=1)
+    update(again)
+    assert same(weights(again), wanted)
+
+
+@pytest.mark.parametrize("key", ["train_batch_size", "bf16", "optimizer", "gradient_clipping"])
+def test_ds_config_with_a_number_of_ours_is_refused(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, key: 1}))
+    with pytest.raises(InputError, match=rf"{key}: got a number that the recipe owns; wanted .* Remove"):
+        zero.read_zero_config(str(path))
+
+
+def test_broken_ds_configs_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text("{")
+    with pytest.raises(InputError, match="wanted JSON"):
+        zero.read_zero_config(str(path))
+    path.write_text("{}")
+    with pytest.raises(InputError, match="wanted 0, 1, 2 or 3"):
+        zero.read_zero_config(str(path))
+    with pytest.raises(InputError, match="no-such.json; wanted a JSON file that exists"):
+        zero.read_zero_config("no-such.json")
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in Path("ds_configs").glob("*.json")))
+def test_shipped_ds_configs_are_read(name: str) -> None:
+    assert zero.read_zero_config(f"ds_configs/{name}")["zero_optimization"]["stage"] in (0, 1, 2, 3)
+
+
+def test_pairs_that_cannot_run_are_refused() -> None:
+    with pytest.raises(InputError, match="bf16 at ZeRO stage 0"):
+        zero.check_precision(config("bf16", 0), torch.device("cpu"))
+    with pytest.raises(InputError, match="fp16 on a CPU"):
+        zero.check_precision(config("fp16", 1), torch.device("cpu"))
