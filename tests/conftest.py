@@ -26,7 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data/{train,valid} and models/{short,long}, small enough to train in seconds."""
+    """A folder with data/{train,valid} and models/{short,long}, small enough to train in
+    seconds."""
     from small_run import make_small_run
 
     return make_small_run(tmp_path_factory.mktemp("small_run"))

@@ -48,8 +48,8 @@ def drive(commands: list[dict[str, object]]) -> list[int]:
         arguments = [str(word) for word in command["arguments"]]  # type: ignore[attr-defined]
         step = command.get("stop_after")
         if step is not None and os.environ["RANK"] == "0":
-            run_dir = next(w for w in arguments if w.startswith("run.dir=")).removeprefix("run.dir=")
-            stop_after(Path(run_dir), int(str(step)))
+            run_dir = next(word for word in arguments if word.startswith("run.dir="))
+            stop_after(Path(run_dir.removeprefix("run.dir=")), int(str(step)))
         codes.append(main(["train", *arguments]))
     return codes
 

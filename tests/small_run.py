@@ -1,4 +1,5 @@
-"""A small corpus, a small RoBERTa and its long version, and a recipe to train them: real components."""
+"""A small corpus, a small RoBERTa and its long version, and a recipe to train them: real
+components."""
 
 from __future__ import annotations
 
@@ -15,10 +16,10 @@ from longpretrain.model.encoder import ModelConfig
 from longpretrain.model.folder import save_model
 from longpretrain.model.lm_head import LongformerForMaskedLM
 
-WORDS = (
-    "the nation and its people shall have peace work trade law union states congress war gold "
-    "silver labor land water public service year duty power free great common good revenue treaty"
-).split()
+WORDS = """
+the nation and its people shall have peace work trade law union states congress war gold silver
+labor land water public service year duty power free great common good revenue treaty
+""".split()  # noqa: SIM905
 
 
 def make_small_run(folder: Path) -> Path:
@@ -28,9 +29,15 @@ def make_small_run(folder: Path) -> Path:
     for split in ("train", "valid"):
         prepare([folder / "text" / split], folder / "data" / split)
     make_roberta(folder / "models" / "short")
-    convert(folder / "models" / "short", folder / "models" / "long", positions=128, attention_window=16)
+    convert(
+        folder / "models" / "short", folder / "models" / "long", positions=128, attention_window=16
+    )
     recipe = {
-        "model": {"path": str(folder / "models" / "long"), "dropout": 0.1, "attention_dropout": 0.1},
+        "model": {
+            "path": str(folder / "models" / "long"),
+            "dropout": 0.1,
+            "attention_dropout": 0.1,
+        },
         "data": {
             "train": str(folder / "data" / "train"),
             "valid": str(folder / "data" / "valid"),

@@ -16,8 +16,15 @@ STEPS = 8
 WHOLE, STOPPED = "whole", "stopped"
 
 
-def train(folder: Path, recipe: Path, name: str, *overrides: str, stop_after: int | None = None) -> dict:
-    arguments = [str(recipe), f"run.dir={folder / name}", f"schedule.total_steps={STEPS}", *overrides]
+def train(
+    folder: Path, recipe: Path, name: str, *overrides: str, stop_after: int | None = None
+) -> dict:
+    arguments = [
+        str(recipe),
+        f"run.dir={folder / name}",
+        f"schedule.total_steps={STEPS}",
+        *overrides,
+    ]
     return {"arguments": arguments, "stop_after": stop_after}
 
 
@@ -36,7 +43,8 @@ def status(run_dir: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def runs(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks, ZeRO 1, dropout on: each precision whole and stopped; then one rank and other stages."""
+    """Two ranks, ZeRO 1, dropout on: each precision whole and stopped; then one rank and other
+    stages."""
     folder = tmp_path_factory.mktemp("resume")
     recipe = small_run / "recipe.yaml"
     commands = []
@@ -72,7 +80,9 @@ def runs(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resumed_run_is_bit_identical(runs: Path, precision: str) -> None:
     whole, stopped = runs / f"{precision}-{WHOLE}", runs / f"{precision}-{STOPPED}"
-    assert any("resumed" in line.get("event", "") for line in read_metrics(stopped / "metrics.jsonl"))
+    assert any(
+        "resumed" in line.get("event", "") for line in read_metrics(stopped / "metrics.jsonl")
+    )
     left, right = (deterministic(read_metrics(run / "metrics.jsonl")) for run in (whole, stopped))
     assert left == right
     assert [line["step"] for line in left if line["kind"] == "train"] == list(range(1, STEPS + 1))
@@ -85,8 +95,11 @@ def test_resumed_run_is_bit_identical(runs: Path, precision: str) -> None:
     "name", ["exact-1", "moved", "stage-0"], ids=["one-rank", "stage-and-ranks-change", "stage-0"]
 )
 def test_curve_does_not_depend_on_ranks_or_stage(runs: Path, name: str) -> None:
-    """With dropout off only the order of sums differs, over ranks and micro-batches: 1e-5 relative."""
-    wanted = [line["loss"] for line in deterministic(read_metrics(runs / "exact-2" / "metrics.jsonl"))]
+    """With dropout off only the order of sums differs, over ranks and micro-batches: 1e-5
+    relative."""
+    wanted = [
+        line["loss"] for line in deterministic(read_metrics(runs / "exact-2" / "metrics.jsonl"))
+    ]
     got = [line["loss"] for line in deterministic(read_metrics(runs / name / "metrics.jsonl"))]
     assert got == pytest.approx(wanted, rel=1e-5)
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from longpretrain.errors import InputError
+from longpretrain.files import fresh_folder
 from longpretrain.model import (
     INDEX_NAME,
     WEIGHTS_NAME,
@@ -27,7 +28,6 @@ from longpretrain.model import (
     save_model,
     stored_names,
 )
-from longpretrain.model.weights import fresh_folder
 
 LONG = ModelConfig(
     vocab_size=67, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48,

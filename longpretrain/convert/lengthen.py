@@ -25,9 +25,9 @@ from longpretrain.convert.read import (
     run_state,
 )
 from longpretrain.errors import InputError
+from longpretrain.files import fresh_folder
 from longpretrain.model import ModelConfig, read_config, read_tensors
 from longpretrain.model.folder import spread, write_model
-from longpretrain.model.weights import fresh_folder
 
 Init = Literal["copy", "random", "interpolate"]
 

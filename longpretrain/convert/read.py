@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
+from longpretrain.files import sha256
 from longpretrain.model import ModelConfig
 
 RECORD_NAME = "conversion.json"
@@ -106,9 +106,3 @@ def hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file of a folder but the record of its conversion, by name."""
     files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != RECORD_NAME]
     return {path.name: sha256(path) for path in files}
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

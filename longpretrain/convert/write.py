@@ -14,9 +14,9 @@ from longpretrain.convert.verify import VerifyReport, verify, why_no_transformer
 from longpretrain.data.shards import Manifest
 from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
+from longpretrain.files import fresh_folder
 from longpretrain.model import ModelConfig, copy_local_to_global, read_config, read_tensors
 from longpretrain.model.folder import write_model
-from longpretrain.model.weights import fresh_folder
 
 CARD_NAME = "README.md"
 _MARK = "<!-- longpretrain export -->"

@@ -1,17 +1,17 @@
-"""Checkpoints that are model folders, hold whole fp32 parameters, and never look whole when they are not.
+"""Checkpoints that are model folders, hold whole fp32 parameters, and never look whole when they
+are not.
 
-``checkpoints/step-000500/`` holds the master weights as ``model*.safetensors`` (transformers loads the
+``checkpoints/step-000500/`` holds the master weights as ``model*.safetensors`` (transformers
+loads the
 folder as it is), both moments as ``optimizer*.safetensors``, and ``state.json``. Each parameter is
-written once, whole, by one rank; so world size, ZeRO stage and precision may change at a resume. The
-folder is written under another name, synced, and renamed; then ``checkpoints/latest`` moves.
+written once, whole, by one rank; so world size, ZeRO stage and precision may change at a resume.
+The folder is written under another name, synced, and renamed; then ``checkpoints/latest`` moves.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from longpretrain.engine.task import Task
 from longpretrain.engine.zero import MOMENTS, ZeroEngine
 from longpretrain.errors import InputError
+from longpretrain.files import save_tensors, sha256, sync, write_atomically
 
 FORMAT = 1
 STATE = "state.json"
@@ -56,9 +56,8 @@ def save(
     names: dict[str, list[str]] = {}
     for kind, tensors in mine.items():
         name = _file_name(kind, rank, ranks)
-        save_file(tensors, part / name, metadata={"format": "pt"})
-        _sync(part / name)
-        hashes[name], names[name] = _sha256(part / name), sorted(tensors)
+        save_tensors(tensors, part / name)
+        hashes[name], names[name] = sha256(part / name), sorted(tensors)
     everyone: list[Any] = [None] * ranks
     dist.all_gather_object(everyone, (hashes, names))
     if rank == 0:
@@ -66,7 +65,7 @@ def save(
         if final.exists():  # the same step saved again, such as at a signal after a resume
             shutil.rmtree(final)
         part.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
         write_atomically(final.parent / LATEST, final.name + "\n")
         _remove_old(final.parent, keep)
     dist.barrier()
@@ -81,9 +80,11 @@ def latest(run_dir: Path) -> Path | None:
     folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
     if not (folder / STATE).is_file():
         raise InputError(
-            f"{pointer}", got=f"{folder.name}, which is no checkpoint", wanted="a step-... folder beside it",
-            way_out="Write the name of a whole checkpoint folder into it, or start anew with --fresh.",
-        )  # fmt: skip
+            f"{pointer}",
+            got=f"{folder.name}, which is no checkpoint",
+            wanted="a step-... folder beside it",
+            way_out="Write the name of a whole checkpoint folder into it, or use --fresh.",
+        )
     return folder
 
 
@@ -92,9 +93,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if state.get("format") != FORMAT:
         raise InputError(
-            f"{folder / STATE}", got=f"format {state.get('format')}", wanted=f"format {FORMAT}",
+            f"{folder / STATE}",
+            got=f"format {state.get('format')}",
+            wanted=f"format {FORMAT}",
             way_out="It was written by another version of longpretrain: use that one.",
-        )  # fmt: skip
+        )
     return dict(state)
 
 
@@ -106,12 +109,14 @@ def verify_files(folder: Path, part: int = 0, parts: int = 1) -> None:
     """
     for name, wanted in sorted(read_state(folder)["files"].items())[part::parts]:
         path = folder / name
-        got = _sha256(path) if path.is_file() else "no file"
+        got = sha256(path) if path.is_file() else "no file"
         if got != wanted:
             raise InputError(
-                f"checkpoint file {path}", got=f"sha256 {got[:16]}", wanted=f"sha256 {wanted[:16]}",
+                f"checkpoint file {path}",
+                got=f"sha256 {got[:16]}",
+                wanted=f"sha256 {wanted[:16]}",
                 way_out="The file was altered: point checkpoints/latest at an older step folder.",
-            )  # fmt: skip
+            )
 
 
 def restore_moments(engine: ZeroEngine, folder: Path) -> None:
@@ -120,17 +125,6 @@ def restore_moments(engine: ZeroEngine, folder: Path) -> None:
     engine.set_moments(
         lambda name, key: moments.read(f"{name}.{key}"), read_state(folder)["updates_applied"]
     )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a small text file: whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    _sync(path.parent)
 
 
 def _gather_mine(
@@ -172,9 +166,9 @@ def _write_small_files(
     task.write_model_files(part)
     for path in sorted(part.iterdir()):
         if path.is_file() and path.name not in files:
-            files[path.name] = _sha256(path)
-            _sync(path)
-    whole = {"format": FORMAT, **state, "versions": _versions(), "files": files}
+            files[path.name] = sha256(path)
+            sync(path)
+    whole = {"format": FORMAT, **state, "versions": versions(), "files": files}
     write_atomically(part / STATE, json.dumps(whole, indent=1))
 
 
@@ -207,23 +201,13 @@ class _MomentFiles:
                 return torch.as_tensor(file.get_tensor(name))
         except (OSError, SafetensorError) as error:
             raise InputError(
-                f"{path}", got=error, wanted=f"a tensor {name}",
+                f"{path}",
+                got=error,
+                wanted=f"a tensor {name}",
                 way_out="The model's trained parameters changed since: start anew with --fresh.",
-            ) from error  # fmt: skip
+            ) from error
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a run's numbers."""
     return {name: importlib.metadata.version(name) for name in _VERSIONS}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,13 +20,13 @@ from torch import nn
 
 from longpretrain.config import Config, to_tree
 from longpretrain.engine import checkpoint
-from longpretrain.schedule import learning_rate
 from longpretrain.engine.signals import StopRequest
 from longpretrain.engine.task import Batch, Task
 from longpretrain.engine.zero import StepResult, ZeroEngine
 from longpretrain.errors import InputError
 from longpretrain.ranks import Ranks
 from longpretrain.report.metrics import MetricsLog
+from longpretrain.schedule import learning_rate
 
 MAX_SKIPPED_IN_A_ROW = 20
 
@@ -83,10 +83,11 @@ def accumulation_steps(config: Config, world_size: int) -> int:
         if micro:
             way_out += f"; or batch.micro_sequences {', '.join(map(str, micro))}"
         raise InputError(
-            "recipe key batch.global_sequences", got=wanted,
+            "recipe key batch.global_sequences",
+            got=wanted,
             wanted=f"a multiple of {world_size} ranks x {config.batch.micro_sequences} = {each}",
             way_out=way_out + ".",
-        )  # fmt: skip
+        )
     return wanted // each
 
 
@@ -131,10 +132,12 @@ def train(
             micro_batches = batches.get(step)
             waited_s = time.monotonic() - started
             _seed_dropout(config.run.seed, step, ranks.rank)
-            engine.set_learning_rate(learning_rate(step, config.optim.lr, config.schedule))
+            rate = learning_rate(step, config.optim.lr, config.schedule)
+            engine.set_learning_rate(rate)
             update = _update(engine, task, micro_batches, device, stop_asked=stop.asked)
             progress.advance(config, applied=update.result.applied)
-            _log_update(metrics, config, task, progress, update, waited_s, started)
+            measured = {"step_s": time.monotonic() - started, "data_wait_s": waited_s}
+            _log_update(metrics, task, progress, update, measured | {"lr": rate})
             skipped_in_a_row = 0 if update.result.applied else skipped_in_a_row + 1
             _check_skipped(skipped_in_a_row, step)
             if evaluate and _is_due(step, config.evaluate.every_steps, total):
@@ -216,7 +219,9 @@ def _sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str,
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Hidden dropout draws from torch's generator: the same numbers whether a run was resumed or not."""
+    """Hidden dropout draws from torch's generator: the same numbers whether a run was resumed or
+    not.
+    """
     torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + rank)
 
 
@@ -246,13 +251,7 @@ def _check_skipped(in_a_row: int, step: int) -> None:
 
 
 def _log_update(
-    metrics: MetricsLog,
-    config: Config,
-    task: Task,
-    progress: _Progress,
-    update: _Update,
-    waited_s: float,
-    started: float,
+    metrics: MetricsLog, task: Task, progress: _Progress, update: _Update, more: dict[str, float]
 ) -> None:
     metrics.report(
         {
@@ -261,13 +260,11 @@ def _log_update(
             "epoch": task.epoch(progress.samples_done - 1),
             "samples": progress.samples_done,
             "loss": update.loss,
-            "lr": learning_rate(progress.step, config.optim.lr, config.schedule),
             "grad_norm": update.result.grad_norm,
             "masked_tokens": update.masked_tokens,
             "tokens": update.tokens,
             "skipped": progress.skipped,
-            "step_s": time.monotonic() - started,
-            "data_wait_s": waited_s,
+            **more,
         }
     )
 
@@ -335,7 +332,9 @@ class _Prefetch:
         return [self._task.collate([self._task.sample(n) for n in group]) for group in numbers]
 
     def _numbers(self, step: int) -> Iterator[range]:
-        """Update ``step`` owns the next ``global_sequences`` numbers; micro-batches interleave the ranks."""
+        """Update ``step`` owns the next ``global_sequences`` numbers; micro-batches interleave
+        the ranks.
+        """
         micro = self._config.batch.micro_sequences
         first = (step - 1) * self._config.batch.global_sequences
         for number in range(self._accumulation):

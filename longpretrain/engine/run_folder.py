@@ -1,4 +1,6 @@
-"""The run folder: which run it belongs to, how the run stands, and moving it aside for a fresh one."""
+"""The run folder: which run it belongs to, how the run stands, and moving it aside for a fresh
+one.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,10 @@ from typing import Any, Literal
 
 import yaml
 
-from longpretrain.config import Config, differences, from_tree, to_tree
-from longpretrain.engine.checkpoint import write_atomically
+from longpretrain.config import Config, differences, to_tree
 from longpretrain.errors import InputError
+from longpretrain.files import write_atomically
+from longpretrain.recipe import from_tree
 
 CONFIG = "config.yaml"
 STATUS = "status.json"
@@ -45,10 +48,11 @@ def check_same_recipe(config: Config) -> None:
         listed = "; ".join(f"{key} was {old!r} and is now {new!r}" for key, old, new in found[:5])
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise InputError(
-            f"run folder {config.run_dir}", got=f"a run of another recipe ({listed}{more})",
+            f"run folder {config.run_dir}",
+            got=f"a run of another recipe ({listed}{more})",
             wanted="the recipe it was started with",
             way_out="Give another run.dir, or --fresh to move the old run aside and start anew.",
-        )  # fmt: skip
+        )
 
 
 def open_run(config: Config, *, fresh: bool) -> Path | None:

@@ -2,7 +2,8 @@
 
 What is ours here and not left to DeepSpeed (0.19.8; each has a test):
 
-* Master weights start from the folder's fp32 values. DeepSpeed starts them from the rounded bf16 copy.
+* Master weights start from the folder's fp32 values. DeepSpeed starts them from the rounded bf16
+  copy.
 * Moments are restored through its per-parameter functions, so stage and world size may change.
 * A non-finite gradient is never applied. DeepSpeed does apply one in fp32 at stage 0.
 * Only parameters that train are handed over: others would be decayed.
@@ -28,9 +29,9 @@ import torch.distributed
 from torch import nn
 
 from longpretrain.config import Config
-from longpretrain.schedule import parameter_groups
 from longpretrain.errors import InputError
 from longpretrain.ranks import Ranks, publish
+from longpretrain.schedule import parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -56,7 +57,9 @@ OWNED_BY_RECIPE = {
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What an update did: whether it reached the weights, and the norm of the whole gradient before clipping."""
+    """What an update did: whether it reached the weights, and the norm of the whole gradient
+    before clipping.
+    """
 
     applied: bool
     grad_norm: float
@@ -68,9 +71,11 @@ def find_zero_config(name: str) -> Path:
         if candidate.is_file():
             return candidate
     raise InputError(
-        "recipe key zero.config", got=name, wanted="a JSON file that exists",
+        "recipe key zero.config",
+        got=name,
+        wanted="a JSON file that exists",
         way_out="Give a path, such as ds_configs/zero1.json.",
-    )  # fmt: skip
+    )
 
 
 def read_zero_config(name: str) -> dict[str, Any]:
@@ -93,15 +98,19 @@ def read_zero_config(name: str) -> dict[str, Any]:
     )
     if stage not in (0, 1, 2, 3):
         raise InputError(
-            f"{path}: zero_optimization.stage", got=stage, wanted="0, 1, 2 or 3",
+            f"{path}: zero_optimization.stage",
+            got=stage,
+            wanted="0, 1, 2 or 3",
             way_out="See ds_configs/zero1.json for the form.",
-        )  # fmt: skip
+        )
     for key in settings:
         if key in OWNED_BY_RECIPE:
             raise InputError(
-                f"{path}: {key}", got="a number that the recipe owns", wanted="only DeepSpeed's own keys",
+                f"{path}: {key}",
+                got="a number that the recipe owns",
+                wanted="only DeepSpeed's own keys",
                 way_out=f"Remove it there and set {OWNED_BY_RECIPE[key]} in the recipe.",
-            )  # fmt: skip
+            )
     return dict(settings)
 
 
@@ -110,14 +119,18 @@ def check_precision(config: Config, device: torch.device) -> None:
     stage = read_zero_config(config.zero.config)["zero_optimization"]["stage"]
     if stage == 0 and config.precision == "bf16":
         raise InputError(
-            "recipe keys precision and zero.config", got="bf16 at ZeRO stage 0", wanted="a stage from 1 to 3",
+            "recipe keys precision and zero.config",
+            got="bf16 at ZeRO stage 0",
+            wanted="a stage from 1 to 3",
             way_out="Stage 1 on one rank does the same job: zero.config=ds_configs/zero1.json.",
-        )  # fmt: skip
+        )
     if config.precision == "fp16" and device.type != "cuda":
         raise InputError(
-            "recipe key precision", got="fp16 on a CPU", wanted="fp32 or bf16",
+            "recipe key precision",
+            got="fp16 on a CPU",
+            wanted="fp32 or bf16",
             way_out="DeepSpeed runs fp16 on GPUs only: precision=bf16.",
-        )  # fmt: skip
+        )
 
 
 def start_ranks(ranks: Ranks, device: torch.device) -> None:
@@ -150,8 +163,11 @@ class ZeroEngine:
         on_gpu = next(model.parameters()).is_cuda
         self._adam = torch.optim.AdamW(
             parameter_groups(model.named_parameters(), optim),
-            lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=on_gpu or None,
-        )  # fmt: skip
+            lr=optim.lr,
+            betas=(optim.betas[0], optim.betas[1]),
+            eps=optim.eps,
+            fused=on_gpu or None,
+        )
         settings |= _settings_of_recipe(config, accumulation)
         deepspeed = _deepspeed()
         # Its BF16 optimizer prints eight lines of memory figures; refusals come as exceptions.
@@ -181,13 +197,15 @@ class ZeroEngine:
             group["lr"] = rate
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradient of ``loss``, already scaled for the whole step, to that of the other ranks.
+        """Adds the gradient of ``loss``, already scaled for the whole step, to that of the other
+        ranks.
 
-        DeepSpeed divides by the accumulation count and averages over ranks; both are undone here, so
-        that what is summed is exactly the gradient of the sum of the ranks' losses.
+        DeepSpeed divides by the accumulation count and averages over ranks; both are undone here,
+        so that what is summed is exactly the gradient of the sum of the ranks' losses.
         """
         ranks = torch.distributed.get_world_size()
-        # A non-finite loss must be seen in the gradient by every rank, even where its own is finite.
+        # A non-finite loss must be seen in the gradient by every rank, even where its own is
+        # finite.
         factor = torch.where(torch.isfinite(loss.detach()), float(ranks), float("nan"))
         self._engine.backward(loss * factor, scale_wrt_gas=False)
 
@@ -204,13 +222,15 @@ class ZeroEngine:
         applied = bool(self._engine.was_step_applied()) if self.stage else _is_finite(norm)
         if applied and not _is_finite(norm):
             raise RuntimeError(
-                f"DeepSpeed applied an update with a gradient norm of {norm} at ZeRO stage {self.stage}; "
+                f"DeepSpeed applied an update of gradient norm {norm} at stage {self.stage}; "
                 "the run stops before a checkpoint holds it"
             )
         return StepResult(applied=applied, grad_norm=norm)
 
     def _plain_norm(self) -> float:
-        """Stage 0: the gradients are whole and reduced here. A non-finite one is dropped: AdamW then skips."""
+        """Stage 0: the gradients are whole and reduced here. A non-finite one is dropped: AdamW
+        then skips.
+        """
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients))
         if not _is_finite(norm):
@@ -219,7 +239,9 @@ class ZeroEngine:
         return norm
 
     def full_state(self, name: str, key: str | None = None) -> torch.Tensor:
-        """The whole fp32 master weight of a parameter, or one of its moments, on the CPU. All ranks must call it."""
+        """The whole fp32 master weight of a parameter, or one of its moments, on the CPU. All
+        ranks must call it.
+        """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         parameter = self._parameters[name]
@@ -235,7 +257,9 @@ class ZeroEngine:
         return torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True).reshape(shape)
 
     def set_weights(self, read: Callable[[str], torch.Tensor]) -> None:
-        """Sets every master weight, in fp32, from ``read(name)``. The working copies were loaded from the same."""
+        """Sets every master weight, in fp32, from ``read(name)``. The working copies were loaded
+        from the same.
+        """
         from deepspeed.utils import safe_set_full_fp32_param
 
         for name, parameter in self._parameters.items():
@@ -247,7 +271,9 @@ class ZeroEngine:
                 safe_set_full_fp32_param(parameter, value)
 
     def set_moments(self, read: Callable[[str, str], torch.Tensor], updates: int) -> None:
-        """Sets both moments of every parameter from ``read(name, key)``, as after ``updates`` updates."""
+        """Sets both moments of every parameter from ``read(name, key)``, as after ``updates``
+        updates.
+        """
         from deepspeed.utils import safe_set_full_optimizer_state
 
         self._create_moments(updates)
@@ -267,7 +293,9 @@ class ZeroEngine:
         return 0
 
     def _create_moments(self, updates: int) -> None:
-        """Makes AdamW's state as its first update would: DeepSpeed links moments to parameters only then."""
+        """Makes AdamW's state as its first update would: DeepSpeed links moments to parameters
+        only then.
+        """
         zero = self._engine.optimizer
         flat = (
             zero.fp32_partitioned_groups_flat
@@ -279,8 +307,9 @@ class ZeroEngine:
                 float(updates), device=parameter.device if parameter.is_cuda else "cpu"
             )
             self._adam.state[parameter] = {
-                "step": step, **{key: torch.zeros_like(parameter.data) for key in MOMENTS}
-            }  # fmt: skip
+                "step": step,
+                **{key: torch.zeros_like(parameter.data) for key in MOMENTS},
+            }
         if self.stage in (1, 2):
             zero._lazy_init_hp_params_optimizer_state()
 
@@ -292,7 +321,8 @@ def _settings_of_recipe(config: Config, accumulation: int) -> dict[str, Any]:
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.clip_norm,
         "steps_per_print": 2**31,
-        # A client optimizer of torch's: its bits are the same after a resume, DeepSpeed's own are not.
+        # A client optimizer of torch's: its bits are the same after a resume, DeepSpeed's own are
+        # not.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -323,7 +353,9 @@ def _deepspeed() -> Any:
 
 @contextlib.contextmanager
 def _without_fairseq() -> Iterator[None]:
-    """Hides fairseq while DeepSpeed starts: it imports the package (3 to 9 s) only to name one class."""
+    """Hides fairseq while DeepSpeed starts: it imports the package (3 to 9 s) only to name one
+    class.
+    """
     hidden: Mapping[str, Any] = {} if "fairseq" in sys.modules else {"fairseq": None}
     sys.modules.update(hidden)
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from longpretrain.data.shards import Corpus
 from longpretrain.data.tokenizer import Tokenizer, load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.evaluate.held_out import HeldOut, TokenLosses, token_losses
+from longpretrain.files import write_atomically
 from longpretrain.model import LongformerForMaskedLM, load_model
 
 POSITION_BUCKET = 512
@@ -112,13 +112,7 @@ class Evaluation:
             for name in ("by_position", "by_document_tokens"):
                 for bucket, entry in zip(getattr(result, name), written[name], strict=True):
                     entry["bits"] = bucket.bits
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        with part.open("w", encoding="utf-8") as file:
-            json.dump(_finite(tree), file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        write_atomically(path, json.dumps(_finite(tree), indent=1, allow_nan=False) + "\n")
 
 
 def evaluate(

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from longpretrain.errors import InputError
+from longpretrain.files import fresh_folder
 from longpretrain.model.encoder import ModelConfig
 from longpretrain.model.lm_head import LongformerForMaskedLM
-from longpretrain.model.weights import SHARD_BYTES, fresh_folder, read_weights, write_weights
+from longpretrain.model.weights import SHARD_BYTES, read_weights, write_weights
 
 CONFIG_NAME = "config.json"
 _ARCHITECTURES = {"longformer": "LongformerForMaskedLM", "roberta": "RobertaForMaskedLM"}

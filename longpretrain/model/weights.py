@@ -5,23 +5,20 @@ In memory names begin with ``longformer.`` for every model type; in a file with 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import pickle
-import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from longpretrain.errors import InputError
+from longpretrain.files import save_tensors
 from longpretrain.model.encoder import ModelConfig
 from longpretrain.model.lm_head import LongformerForMaskedLM
 
@@ -124,71 +121,16 @@ def write_weights(
         shards[-1][stored] = tensor
         size += tensor.nbytes
     if len(shards) == 1:
-        _write_file(shards[0], folder / WEIGHTS_NAME)
+        save_tensors(shards[0], folder / WEIGHTS_NAME)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(shard, folder / file_name)
+        save_tensors(shard, folder / file_name)
         weight_map |= dict.fromkeys(shard, file_name)
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def fresh_folder(target: Path | str, *, belongs: Callable[[Path], bool]) -> Iterator[Path]:
-    """A folder beside the target to write to; at the end it becomes the target, else it goes.
-
-    Files are on the disk before the name is. A folder that stood there is renamed away first and
-    removed last, so that no moment leaves a mixture of both.
-
-    Args:
-        target: the folder to make; its parents are made too.
-        belongs: whether an existing, non-empty folder may be replaced.
-
-    Raises:
-        InputError: the target is a file, or a folder that does not belong to us.
-    """
-    target = Path(target).absolute()
-    replaces = target.is_dir() and any(target.iterdir())
-    if (target.exists() and not target.is_dir()) or (replaces and not belongs(target)):
-        got = "a folder with other files" if target.is_dir() else "a file"
-        _fail(target, got, "no such folder yet", "Choose another name, or move it away.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.new-{os.getpid()}")
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed, with this number
-    try:
-        fresh.mkdir()
-        yield fresh
-        for path in sorted(fresh.rglob("*")):
-            _sync(path)
-        _sync(fresh)
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
-        _sync(target.parent)
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_file(tensors: dict[str, Tensor], path: Path) -> None:
-    path.touch()
-    mode = path.stat().st_mode  # safetensors makes a file that its owner alone may read
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _skeleton(config: ModelConfig) -> LongformerForMaskedLM:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import html
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import yaml
 
 from longpretrain.errors import InputError
+from longpretrain.files import write_atomically
 from longpretrain.report.console import count_text, duration_text
 from longpretrain.report.metrics import read_metrics
 from longpretrain.report.plots import Curve, describe, plot_svg
@@ -92,12 +92,7 @@ def write_report(run_dir: Path) -> Path:
     """
     run = _read(Path(run_dir))
     path = run.folder / "report.html"
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(_page(run))
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_atomically(path, _page(run))
     return path
 
 

@@ -13,7 +13,6 @@ calls BPC (section 5). Speed is of the whole run (all ranks), memory of the rank
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from longpretrain.errors import InputError
+from longpretrain.files import write_atomically
 from longpretrain.report.console import Console, duration_text
 
 DETERMINISTIC = (
@@ -274,15 +274,7 @@ def _cut(path: Path, resume_from_step: int | None) -> None:
     lines: list[dict[str, Any]] = []
     if resume_from_step is not None and path.exists():
         lines = [line for line in read_metrics(path) if line["step"] <= resume_from_step]
-    text = io.StringIO()
-    for line in lines:
-        text.write(json.dumps(line, allow_nan=False) + "\n")
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    write_atomically(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
 
 def _open_tensorboard(run_dir: Path, resume_from_step: int | None, console: Console) -> Any:

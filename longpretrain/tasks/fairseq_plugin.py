@@ -32,8 +32,9 @@ from fairseq.models import ARCH_MODEL_REGISTRY
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, MISSING
 
-from longpretrain.config import Config, DataConfig, MaskingConfig, from_tree
+from longpretrain.config import Config, DataConfig, MaskingConfig
 from longpretrain.errors import InputError
+from longpretrain.recipe import from_tree
 from longpretrain.tasks import fairseq_model, fairseq_optim
 from longpretrain.tasks.fairseq_batches import HeldOutIterator, NumberedSamples, TrainIterator
 from longpretrain.tasks.masked_lm import MaskedLMTask

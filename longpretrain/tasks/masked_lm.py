@@ -1,6 +1,7 @@
 """Masked language modelling on long documents: the task that both trainers run, free of fairseq.
 
-Everything about sample ``number`` follows from the number, the run's seed and the corpus: which block
+Everything about sample ``number`` follows from the number, the run's seed and the corpus: which
+block
 it is, which tokens are masked and with what, and the seed of its attention dropout. Ranks, workers
 and micro-batches have no say.
 
@@ -72,7 +73,8 @@ def model_changes(config: Config, folder_config: ModelConfig) -> dict[str, objec
 
 
 class MaskedLMTask:
-    """The masked-LM objective over a corpus, for the engine's loop (its Task Protocol) and for fairseq.
+    """The masked-LM objective over a corpus, for the engine's loop (its Task Protocol) and for
+    fairseq.
 
     Args:
         config: the run.
@@ -102,20 +104,21 @@ class MaskedLMTask:
         self._changes = model_changes(config, stored)
         if config.data.max_tokens > stored.max_tokens:
             raise InputError(
-                "recipe key data.max_tokens", got=config.data.max_tokens,
+                "recipe key data.max_tokens",
+                got=config.data.max_tokens,
                 wanted=f"at most {stored.max_tokens}, the positions of {folder}",
                 way_out=f"Lengthen the model: longpretrain convert {folder} DST "
                 f"--positions {config.data.max_tokens}.",
-            )  # fmt: skip
+            )
         self.corpus = open_corpus(config, split)
         if self.corpus.tokenizer_fingerprint != self.tokenizer.fingerprint:
             raise InputError(
-                f"tokenizer of the corpus {config.data.train if split == 'train' else config.data.valid}",
+                f"tokenizer of the {split} corpus",
                 got=f"fingerprint {self.corpus.tokenizer_fingerprint[:16]}",
                 wanted=f"{self.tokenizer.fingerprint[:16]}, the tokenizer of {folder or 'RoBERTa'}",
                 way_out="Prepare the corpus again "
                 + (f"with --tokenizer {folder}." if folder else "without --tokenizer."),
-            )  # fmt: skip
+            )
         self._global_tokens = parse_global_tokens(config.model.global_tokens)
         self._has_global = self._global_tokens.kind != "none"
         self.blocks = Blocks(
@@ -128,7 +131,9 @@ class MaskedLMTask:
         self._order = Order(len(self.blocks), seed=config.run.seed)
 
     def build_model(self, folder: Path) -> nn.Module:
-        """The model of a folder with the recipe's changes; global projections frozen if nothing is global."""
+        """The model of a folder with the recipe's changes; global projections frozen if nothing
+        is global.
+        """
         model = load_model(
             folder,
             changes=self._changes,
@@ -149,7 +154,9 @@ class MaskedLMTask:
         return self._order.locate(number)[0]
 
     def sample(self, number: int) -> Sample:
-        """Sample ``number``: its block, masked for its epoch, and its dropout seed for its update."""
+        """Sample ``number``: its block, masked for its epoch, and its dropout seed for its
+        update.
+        """
         epoch, block = self._order.locate(number)
         identity = self.blocks.sample_id(block)
         seed = self.config.run.seed
@@ -172,7 +179,9 @@ class MaskedLMTask:
         )
 
     def collate(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
-        """Pads to the longest sequence. ``padding_BN`` and ``global_index_BG`` are there only if needed."""
+        """Pads to the longest sequence. ``padding_BN`` and ``global_index_BG`` are there only if
+        needed.
+        """
         lengths = [len(sample.tokens_N) for sample in samples]
         longest = max(lengths)
         tokens_BN = np.full((len(samples), longest), self.tokenizer.pad_id, dtype=np.int64)
@@ -219,7 +228,8 @@ class MaskedLMTask:
     def stored_names(self, parameter: str) -> tuple[str, ...]:
         """Names of a trained parameter in a model folder.
 
-        Global projections that do not train are stored as copies of the local ones, as the published
+        Global projections that do not train are stored as copies of the local ones, as the
+        published
         recipe does after pretraining (facts: Longformer's conversion notebook), so a checkpoint is
         already what an export must be.
         """
@@ -237,15 +247,19 @@ class MaskedLMTask:
         self.tokenizer.save(folder, self._model_config.max_tokens)
 
 
-def open_corpus(config: Config, split: str, *, verify: Literal["size", "sha256"] = "size") -> Corpus:
+def open_corpus(
+    config: Config, split: str, *, verify: Literal["size", "sha256"] = "size"
+) -> Corpus:
     """The corpus of a recipe's split, its files checked by size or by sha256."""
     key = f"data.{split}"
     path = config.data.train if split == "train" else config.data.valid
     if not path:
         raise InputError(
-            f"recipe key {key}", got="nothing", wanted="a folder that longpretrain prepare wrote",
+            f"recipe key {key}",
+            got="nothing",
+            wanted="a folder that longpretrain prepare wrote",
             way_out=f"Say {key}=DIR.",
-        )  # fmt: skip
+        )
     return Corpus.open(Path(path), verify=verify)
 
 

@@ -1,0 +1,196 @@
+"""Recipes: YAML files and ``key=value`` overrides, read into a Config.
+
+``load_recipe("demo", ["optim.lr=1e-4"])`` reads a packaged recipe (or a YAML file) and applies the
+overrides, later ones winning. An unknown key is refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+
+from longpretrain.config import Config, flat, to_tree
+from longpretrain.errors import InputError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+# What neighbouring projects call some keys: the suggestion for an unknown one.
+_ALSO_CALLED = {
+    "learning_rate": "optim.lr",
+    "max_grad_norm": "optim.clip_norm",
+    "gradient_clipping": "optim.clip_norm",
+    "max_steps": "schedule.total_steps",
+    "warmup_updates": "schedule.warmup_steps",
+    "batch_size": "batch.global_sequences",
+    "per_device_train_batch_size": "batch.micro_sequences",
+    "max_length": "data.max_tokens",
+    "mlm_probability": "masking.probability",
+    "output_dir": "run.dir",
+    "seed": "run.seed",
+}
+
+
+def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a recipe: a YAML file, or the name of a packaged one, with ``key=value`` overrides.
+
+    Raises:
+        InputError: no such recipe, not YAML, an unknown key, or a value that does not fit.
+    """
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise InputError(
+            "recipe",
+            got=recipe,
+            wanted="a .yaml file or a packaged recipe",
+            way_out=f"Packaged recipes: {known}.",
+        )
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"recipe {path}",
+            got=error,
+            wanted="YAML in UTF-8",
+            way_out="Mend the file at that place.",
+        ) from error
+    if not isinstance(tree, dict):
+        raise InputError(
+            f"recipe {path}",
+            got=type(tree).__name__,
+            wanted="sections with keys",
+            way_out="See the packaged recipes for the form.",
+        )
+    tree.setdefault("name", path.stem)
+    for override in overrides:
+        _override(tree, override)
+    return from_tree(tree)
+
+
+def from_tree(tree: dict[str, Any]) -> Config:
+    """A Config from nested dictionaries, such as a saved config.yaml."""
+    return cast(Config, _build(Config, tree, ""))
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise InputError(
+            "override", got=override, wanted="key=value", way_out="For example optim.lr=1e-4."
+        )
+    *sections, key = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise InputError(
+                f"key {dotted}",
+                got=f"{section} as a section",
+                wanted="a section of a recipe",
+                way_out=f"{section} is a single value: write {section}=VALUE.",
+            )
+    try:
+        tree[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(
+            f"override {override}",
+            got="a value that is not YAML",
+            wanted="a number, word or [list]",
+            way_out=f"YAML says: {error}",
+        ) from error
+
+
+def _build(cls: type, tree: Any, prefix: str) -> Any:
+    if not isinstance(tree, dict):
+        raise InputError(
+            f"section {prefix.rstrip('.')}",
+            got=repr(tree),
+            wanted="keys and values",
+            way_out=f"Write {prefix}KEY=VALUE.",
+        )
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            raise _unknown_key(f"{prefix}{key}")
+    values = {}
+    for key, value in tree.items():
+        hint = hints[key]
+        is_section = dataclasses.is_dataclass(hint)
+        values[key] = (
+            _build(cast(type, hint), value, f"{prefix}{key}.")
+            if is_section
+            else _value(f"{prefix}{key}", hint, value)
+        )
+    return cls(**values)
+
+
+def _unknown_key(key: str) -> InputError:
+    known = [name for name, _ in flat(to_tree(Config()))]
+    # A key in the wrong section (lr, train.lr) is as common a slip as a misspelt one.
+    last = {name.rsplit(".", 1)[-1]: name for name in known}
+    if key.rsplit(".", 1)[-1] in _ALSO_CALLED:
+        last[key.rsplit(".", 1)[-1]] = _ALSO_CALLED[key.rsplit(".", 1)[-1]]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.8)
+    nearest = last[leaf[0]] if leaf else (near[0] if near else None)
+    way_out = f"Did you mean {nearest}?" if nearest else f"Known keys: {', '.join(known)}."
+    return InputError(
+        f"recipe key {key}", got="an unknown key", wanted="a known one", way_out=way_out
+    )
+
+
+def _value(key: str, hint: Any, value: Any) -> Any:
+    """The value in the field's type, or an InputError. Integers may be written 1e5, windows as
+    one number.
+    """
+    choices = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        if value in choices and isinstance(value, str):
+            return value
+        raise InputError(
+            f"recipe key {key}",
+            got=repr(value),
+            wanted=f"one of {', '.join(choices)}",
+            way_out="Pick one.",
+        )
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        return _value(
+            key, next(choice for choice in choices if choice is not types.NoneType), value
+        )
+    if typing.get_origin(hint) is tuple:
+        entries = value if isinstance(value, list | tuple) else [value]
+        return tuple(_value(key, choices[0], entry) for entry in entries)
+    return _scalar(key, hint, value)
+
+
+def _scalar(key: str, kind: type, value: Any) -> Any:
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind in (int, float) and not isinstance(value, bool) and value is not None:
+        try:  # YAML 1.1 reads 1e-4 as a string
+            number = float(value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if kind is float and not math.isnan(number):
+            return number
+        if kind is int and math.isfinite(number) and number.is_integer():
+            return int(number)
+    raise InputError(
+        f"recipe key {key}",
+        got=repr(value),
+        wanted=f"a value of type {kind.__name__}",
+        way_out=f"Write {key}=VALUE or mend the recipe.",
+    )

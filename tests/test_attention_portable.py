@@ -1,0 +1,357 @@
+"""The portable backend against the dense reference, and the promises of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import Case, assert_equal_to, make_case, output_gradient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longpretrain.attention import AttentionPattern, blocks, sliding_attention
+from longpretrain.attention.portable import portable_attention
+from longpretrain.attention.reference import reference_attention
+
+TINY_LIMITS = blocks.Limits(queries=5, scores=150, counters=300)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    heads = draw(st.integers(1, 3))
+    keys = draw(st.integers(1, 90))
+    q_offset = draw(st.integers(0, keys - 1) | st.just(0))
+    dilation = st.integers(1, 5)
+    slots = draw(st.sampled_from([0, 0, 1, 3, 7]))
+    return make_case(
+        AttentionPattern(
+            draw(st.integers(0, 8) | st.integers(0, keys + 1)),
+            draw(dilation | st.tuples(*[dilation] * heads)),
+            draw(st.booleans()),
+        ),
+        batch=draw(st.integers(1, 3)),
+        heads=heads,
+        head_size=draw(st.sampled_from([1, 4, 5])),
+        queries=draw(st.integers(1, keys - q_offset) | st.just(keys - q_offset)),
+        keys=keys,
+        q_offset=q_offset,
+        padding=draw(st.booleans()),
+        slots=slots,
+        own_projections=draw(st.booleans()),
+        documents=draw(st.booleans()),
+        dropout_p=draw(st.sampled_from([0.0, 0.1, 0.5, 255 / 256])),
+        seed=draw(st.integers(0, 2**32)),
+    )
+
+
+def quietly(examples: int) -> settings:
+    return settings(
+        derandomize=True,
+        deadline=None,
+        max_examples=examples,
+        database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+
+
+@pytest.fixture(params=[None, TINY_LIMITS], ids=["usual_blocks", "tiny_blocks"])
+def limits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiny blocks cut small inputs as long ones are cut: many blocks, runs and parts."""
+    if request.param is not None:
+        monkeypatch.setattr(blocks, "CPU_LIMITS", request.param)
+    yield
+
+
+@quietly(150)
+@given(case=cases())
+def test_equals_reference_in_float64(limits: None, case: Case) -> None:
+    assert_equal_to(case.run("portable"), case.run("reference"), 1e-11)
+
+
+@quietly(60)
+@given(case=cases())
+def test_equals_reference_in_float32(limits: None, case: Case) -> None:
+    right = case.run("reference")
+    assert_equal_to(case.to(torch.float32).run("portable"), right, 1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 255, 513, 4095, 5000])
+def test_narrowest_window_that_hugging_face_cannot_do(tokens: int) -> None:
+    long = tokens > 600
+    case = make_case(
+        AttentionPattern(1), batch=1, heads=1, keys=tokens, padding=not long, slots=2, seed=tokens
+    ).to(torch.float32)
+    assert_equal_to(case.run("portable"), case.run("reference"), 1e-5)
+
+
+def test_dilation_longer_than_the_sequence() -> None:
+    case = make_case(AttentionPattern(3, (100, 39)), keys=40, slots=2, dropout_p=0.25)
+    assert_equal_to(case.run("portable"), case.run("reference"), 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("tokens", [1, 77, 301])
+def test_error_in_low_precision(tokens: int, dtype: torch.dtype) -> None:
+    """At most twice (gradients three times) what the dense maths loses in that precision."""
+    exact = make_case(
+        AttentionPattern(40, (1, 2)), head_size=64, keys=tokens, padding=tokens > 1, slots=3, seed=5
+    )
+    low = exact.to(dtype)
+    right = low.to(torch.float64).run("reference")
+    found = low.run("portable")
+    arguments = {**low.floats, **low.masks}
+    out, _ = reference_attention(
+        *(arguments[name] for name in ("q_BNHD", "k_BNHD", "v_BNHD")),
+        low.pattern,
+        padding_BM=arguments.get("padding_BN"),
+        document_BM=None,
+        global_index_BG=arguments["global_index_BG"],
+        q_global_BGHD=arguments["q_global_BGHD"],
+        k_global_BMHD=arguments["k_global_BNHD"],
+        v_global_BMHD=arguments["v_global_BNHD"],
+        dropout_seed_B=None,
+        drop_below=0,
+        scale=64**-0.5,
+        q_offset=0,
+        compute_dtype=dtype,
+    )
+    plain = {"out": out} | low.gradients(out)
+    for name, it in plain.items():
+        error, plain_error = (
+            (x.double() - right[name]).abs().max().item() for x in (found[name], it)
+        )
+        times = 2 if name == "out" else 3
+        # Both may round every number right: then the last bit of the largest one is the measure.
+        last_bit = torch.finfo(dtype).eps * right[name].abs().max().item()
+        assert error <= times * max(plain_error, last_bit / 2), name
+
+
+@pytest.mark.parametrize("backend", ["portable", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["both_sides", "causal"])
+def test_padding_is_zero_and_never_nan(dtype: torch.dtype, backend: str, causal: bool) -> None:
+    """Rows padded throughout, windows padded throughout, padding named as global."""
+    case = make_case(AttentionPattern(3, causal=causal), batch=3, keys=50, slots=3, dtype=dtype)
+    padding_BN = torch.zeros(3, 50, dtype=torch.bool)
+    padding_BN[0] = True
+    padding_BN[1, 20:] = True
+    padding_BN[2, :15] = True
+    index_BG = torch.tensor([[0, 1, 2], [5, 40, -1], [3, 30, -1]], dtype=torch.int32)
+    large = {name: (x.detach() * 8).requires_grad_() for name, x in case.floats.items()}
+    case = Case(case.pattern, large, {"padding_BN": padding_BN, "global_index_BG": index_BG})
+    found = case.run(backend)
+    for name, x in found.items():
+        assert name == "lse" or torch.isfinite(x).all(), name
+        if name in {"out", "dq_BNHD", "dk_BNHD", "dv_BNHD", "dk_global_BNHD", "dv_global_BNHD"}:
+            assert (x[padding_BN] == 0).all(), name
+    assert (found["lse"][padding_BN] == float("inf")).all()
+    assert (found["dq_global_BGHD"][[0, 0, 0, 1, 1, 2], [0, 1, 2, 1, 2, 0]] == 0).all()
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_gradcheck(dropout_p: float) -> None:
+    case = make_case(
+        AttentionPattern(2, (1, 3), causal=True),
+        keys=11,
+        q_offset=2,
+        queries=8,
+        head_size=3,
+        padding=True,
+        documents=True,
+        slots=3,
+        dropout_p=dropout_p,
+        seed=3,
+    )
+
+    def out_of(*floats: Tensor) -> Tensor:
+        named = dict(zip(case.floats, floats, strict=True))
+        return Case(case.pattern, named, case.masks).forward()[0]
+
+    assert torch.autograd.gradcheck(out_of, tuple(case.floats.values()))
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("batch", "heads", "tokens", "window", "dilation"),
+    [(1, 1, 2049, 256, 1), (1, 12, 700, 64, 1), (2, 3, 999, 30, (1, 2, 3)), (1, 2, 1200, 2000, 1)],
+    ids=["one_head", "many_heads", "dilated", "covering"],
+)
+def test_bitwise_repeatable_for_any_thread_count(
+    restore_threads: None,
+    batch: int,
+    heads: int,
+    tokens: int,
+    window: int,
+    dilation: int | tuple[int, ...],
+    dtype: torch.dtype,
+) -> None:
+    case = make_case(
+        AttentionPattern(window, dilation),
+        batch=batch,
+        heads=heads,
+        head_size=64,
+        keys=tokens,
+        slots=5,
+        dropout_p=0.1,
+        dtype=dtype,
+    )
+    torch.set_num_threads(2)
+    first, again = case.run(), case.run()
+    torch.set_num_threads(1)
+    alone = case.run()
+    for name, x in first.items():
+        assert torch.equal(x, again[name]), name
+        assert torch.equal(x, alone[name]), f"{name} with one thread"
+
+
+@pytest.mark.parametrize("backend", ["portable", "reference"])
+def test_rows_of_a_batch_do_not_know_each_other(backend: str) -> None:
+    case = make_case(
+        AttentionPattern(5, (1, 2)), batch=3, padding=True, slots=3, documents=True, dropout_p=0.4
+    )
+    together = case.run(backend)
+    for row in range(3):
+        floats = {k: x[row : row + 1].detach().requires_grad_() for k, x in case.floats.items()}
+        masks = {k: x[row : row + 1] if isinstance(x, Tensor) else x for k, x in case.masks.items()}
+        out, lse = Case(case.pattern, floats, masks).forward(backend)
+        gradient = output_gradient(together["out"])[row : row + 1]
+        found = torch.autograd.grad(out, list(floats.values()), gradient)
+        assert_equal_to(
+            {"out": out, "lse": lse} | dict(zip(floats, found, strict=True)),
+            {name.removeprefix("d"): x[row : row + 1] for name, x in together.items()},
+            1e-12,
+        )
+
+
+@pytest.mark.parametrize("backend", ["portable", "reference"])
+@pytest.mark.parametrize("own_projections", [False, True], ids=["shared", "own"])
+def test_split_sequence_equals_the_whole(backend: str, own_projections: bool) -> None:
+    """Each part has its rows of q and all keys; dropout on; gradients of the keys add up."""
+    case = make_case(
+        AttentionPattern(6, (1, 3)),
+        keys=97,
+        padding=True,
+        slots=4,
+        own_projections=own_projections,
+        documents=True,
+        dropout_p=0.3,
+    )
+    whole = case.run(backend)
+    direction = output_gradient(whole["out"])
+    wanted = list(case.floats.values())
+    parts, sums = [], [torch.zeros_like(x) for x in wanted]
+    for start, stop in ((0, 30), (30, 31), (31, 97)):
+        # The default for the global queries would be gathered from the part's own rows.
+        q_BNHD = case.floats["q_BNHD"][:, start:stop]
+        out, lse = case.forward(backend, q_BNHD=q_BNHD, q_offset=start)
+        parts.append((out, lse))
+        for total, x in zip(
+            sums, torch.autograd.grad(out, wanted, direction[:, start:stop]), strict=True
+        ):
+            total += x
+    joined = {
+        "out": torch.cat([out for out, _ in parts], dim=1),
+        "lse": torch.cat([lse for _, lse in parts], dim=1),
+    }
+    joined |= {f"d{name}": x for name, x in zip(case.floats, sums, strict=True)}
+    assert_equal_to(joined, whole, 1e-12)
+
+
+def test_dropout_keeps_the_mean_and_drops_the_share() -> None:
+    tokens, p = 400, 0.25
+    pattern = AttentionPattern(tokens)
+    zero_BNHD = torch.zeros(1, tokens, 4, 1)
+    out, lse = sliding_attention(
+        zero_BNHD,
+        zero_BNHD,
+        torch.ones_like(zero_BNHD),
+        pattern,
+        dropout_p=p,
+        dropout_seed_B=torch.tensor([7]),
+        return_lse=True,
+    )
+    # Each output is (kept keys) / tokens / (1 - p); lse is taken before dropout.
+    kept = out * (1 - p)
+    assert kept.mean().item() == pytest.approx(1 - p, abs=5 * (p * (1 - p)) ** 0.5 / tokens / 2)
+    assert kept.std().item() == pytest.approx((p * (1 - p) / tokens) ** 0.5, rel=0.1)
+    assert lse.exp().flatten().tolist() == pytest.approx([tokens] * tokens * 4)
+
+
+class _Sizes(TorchDispatchMode):
+    """Records the largest tensor that any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(x, Tensor):
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        return result
+
+
+def _operands(tokens: int, window: int) -> tuple[Any, ...]:
+    q = torch.zeros(1, tokens, 2, 8)
+    index, seed = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    masks = (None, None, index, seed)
+    return q, q, q, q[:, :1], q, q, *masks, window, [1, 2], False, 26, 1.0, 0
+
+
+@pytest.mark.parametrize("tokens", [8192, 32768])
+def test_transient_memory_does_not_follow_the_window(tokens: int) -> None:
+    """No tensor of the forward pass holds more than a block's scores or a few rows of numbers."""
+    with _Sizes() as sizes:
+        portable_attention._init_fn(*_operands(tokens, window=500))
+    inputs = 4 * tokens * 2 * 8
+    block = 4 * max(blocks.CPU_LIMITS.scores, 8 * blocks.CPU_LIMITS.counters)
+    assert sizes.largest <= max(block, 2 * inputs)
+    assert sizes.largest < 4 * tokens * 500
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_kept_for_backward_is_linear_in_tokens(dropout_p: float) -> None:
+    def kept_bytes(tokens: int, window: int) -> int:
+        case = make_case(
+            AttentionPattern(window, (1, 2)), keys=tokens, slots=2, dropout_p=dropout_p
+        )
+        seen: dict[int, int] = {}
+
+        def note(x: Tensor) -> Tensor:
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            case.forward()
+        return sum(seen.values())
+
+    assert kept_bytes(512, 8) == kept_bytes(512, 400)
+    assert kept_bytes(1024, 8) <= 2 * kept_bytes(512, 8)
+    # q, k, v, own k and v, and the output, each [2, 512, 2, 4] float64, plus the log-sum-exp.
+    assert kept_bytes(512, 8) <= (6 * 4 + 1) * 2 * 512 * 2 * 8 + 10_000
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["both_sides", "causal"])
+def test_values_are_never_looked_at(causal: bool) -> None:
+    """Under fake tensors any step that depends on a value raises."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        *tensors, window, dilations, _, drop, scale, offset = _operands(300, 20)
+        tensors[6] = torch.zeros(1, 300, dtype=torch.bool)
+        tensors[7] = torch.zeros(1, 300, dtype=torch.int32)
+        out, lse = portable_attention._init_fn(
+            *tensors, window, dilations, causal, drop, scale, offset
+        )
+    assert out.shape == (1, 300, 2, 8)
+    assert lse.shape == (1, 300, 2)

