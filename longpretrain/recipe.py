@@ -175,8 +175,8 @@ def _value(key: str, hint: Any, value: Any) -> Any:
 
 
 def _scalar(key: str, kind: type, value: Any) -> Any:
-    if kind is str and isinstance(value, str):
-        return value
+    if kind is str and (value is None or isinstance(value, str)):
+        return value or ""  # key= on the command line means empty
     if kind is bool and isinstance(value, bool):
         return value
     if kind in (int, float) and not isinstance(value, bool) and value is not None:

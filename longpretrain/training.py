@@ -88,20 +88,27 @@ def run_rank(config: Config, *, fresh: bool) -> int:
 
 
 def _run_joined(config: Config, ranks: Ranks, device: torch.device, *, fresh: bool) -> int:
-    agreed = _agree(ranks, lambda: _open(config, fresh=fresh) if ranks.is_first else None)
-    if agreed is _REFUSED:
+    resume_from = None if fresh else checkpoint.latest(config.run_dir)
+    folder = resume_from or Path(config.model.path)
+
+    def prepare() -> tuple[MaskedLMTask, Any, Evaluate | None]:
+        if not fresh:
+            run_folder.check_same_recipe(config)
+        return _prepare(config, ranks, device, folder, resume_from)
+
+    ready = _agree(ranks, prepare)
+    if isinstance(ready, _Refused):
         return BAD_INPUT
-    folder, resume_from = _start_folder(config)
     if resume_from and checkpoint.read_state(resume_from)["step"] >= config.schedule.total_steps:
         if ranks.is_first:
             print(f"{config.run_dir} is done, all {config.schedule.total_steps} updates")
         return DONE
-    ready = _agree(ranks, lambda: _prepare(config, ranks, device, folder, resume_from))
-    if isinstance(ready, _Refused):
-        return BAD_INPUT
+    if ranks.is_first:
+        _open(config, fresh=fresh)
+    dist.barrier()
     task, model, evaluate = ready
     with (
-        _metrics(config, ranks, device, model.config, resume_from) as log,
+        _metrics(config, ranks, device, task.model_config, resume_from) as log,
         _status(config, ranks) as status,
     ):
         _announce(log, config, ranks, task, folder, resume_from=resume_from)
@@ -125,15 +132,10 @@ def _open(config: Config, *, fresh: bool) -> None:
         print(f"--fresh: the old run was moved to {moved}")
 
 
-def _start_folder(config: Config) -> tuple[Path, Path | None]:
-    """(folder of the weights to start from, the same if it is a checkpoint of this run)."""
-    resume_from = checkpoint.latest(config.run_dir)
-    return resume_from or Path(config.model.path), resume_from
-
-
 def _prepare(
     config: Config, ranks: Ranks, device: torch.device, folder: Path, resume_from: Path | None
 ) -> tuple[MaskedLMTask, Any, Evaluate | None]:
+    """Everything that an input can spoil, before anything is written."""
     task = MaskedLMTask(config, folder)
     if resume_from:
         checkpoint.verify_files(resume_from, ranks.rank, ranks.world_size)
@@ -263,9 +265,6 @@ class _Refused:
     """Some rank's input was refused, and every rank knows."""
 
 
-_REFUSED = _Refused()
-
-
 def _agree(ranks: Ranks, prepare: Callable[[], T]) -> T | _Refused:
     """Runs a part of the start on every rank; an InputError of any rank stops all, told once by
     rank 0.
@@ -284,4 +283,4 @@ def _agree(ranks: Ranks, prepare: Callable[[], T]) -> T | _Refused:
     if ranks.is_first:
         for text in dict.fromkeys(told):
             print(f"longpretrain train: {text}", file=sys.stderr)
-    return _REFUSED
+    return _Refused()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; this machine has none"))
         if item.get_closest_marker("multi_gpu") and gpus < 2:
             item.add_marker(pytest.mark.skip(reason=f"needs 2 CUDA GPUs; this machine has {gpus}"))
+
+
+@pytest.fixture(scope="session")
+def process_group() -> Iterator[None]:
+    """A process group of one, in this process; joined once, as DeepSpeed keeps its groups."""
+    import torch
+
+    from longpretrain.engine import zero
+    from longpretrain.ranks import Ranks
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            patch.setenv(name, "")  # so that what start_ranks sets is taken back
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        zero.start_ranks(Ranks(), torch.device("cpu"))
+        patch.setattr(zero, "stop_ranks", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def cases(draw: st.DrawFn) -> Case:
     keys = draw(st.integers(1, 90))
     q_offset = draw(st.integers(0, keys - 1) | st.just(0))
     dilation = st.integers(1, 5)
-    slots = draw(st.sampled_from([0, 0, 1, 3, 7]))
+    slots = draw(st.sampled_from([0, 0, 1, 3, 20]))
     return make_case(
         AttentionPattern(
             draw(st.integers(0, 8) | st.integers(0, keys + 1)),
@@ -127,7 +127,8 @@ def test_error_in_low_precision(tokens: int, dtype: torch.dtype) -> None:
         times = 2 if name == "out" else 3
         # Both may round every number right: then the last bit of the largest one is the measure.
         last_bit = torch.finfo(dtype).eps * right[name].abs().max().item()
-        assert error <= times * max(plain_error, last_bit / 2), name
+        # 1e-6: what float32 leaves of a gradient that cancels to 0 (one key has weight 1).
+        assert error <= times * max(plain_error, last_bit / 2) + 1e-6, name
 
 
 @pytest.mark.parametrize("backend", ["portable", "reference"])
@@ -181,10 +182,14 @@ def restore_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("batch", "heads", "tokens", "window", "dilation"),
-    [(1, 1, 2049, 256, 1), (1, 12, 700, 64, 1), (2, 3, 999, 30, (1, 2, 3)), (1, 2, 1200, 2000, 1)],
+    ("batch", "heads", "tokens", "window", "dilation", "dropout_p"),
+    [
+        (1, 1, 589, 100, 1, 0.1),
+        (1, 12, 257, 64, 1, 0.0),
+        (2, 3, 301, 30, (1, 2, 3), 0.0),
+        (1, 2, 423, 500, 1, 0.0),
+    ],
     ids=["one_head", "many_heads", "dilated", "covering"],
 )
 def test_bitwise_repeatable_for_any_thread_count(
@@ -194,7 +199,7 @@ def test_bitwise_repeatable_for_any_thread_count(
     tokens: int,
     window: int,
     dilation: int | tuple[int, ...],
-    dtype: torch.dtype,
+    dropout_p: float,
 ) -> None:
     case = make_case(
         AttentionPattern(window, dilation),
@@ -203,8 +208,8 @@ def test_bitwise_repeatable_for_any_thread_count(
         head_size=64,
         keys=tokens,
         slots=5,
-        dropout_p=0.1,
-        dtype=dtype,
+        dropout_p=dropout_p,
+        dtype=torch.float32,
     )
     torch.set_num_threads(2)
     first, again = case.run(), case.run()
@@ -259,7 +264,7 @@ def test_split_sequence_equals_the_whole(backend: str, own_projections: bool) ->
         for total, x in zip(
             sums, torch.autograd.grad(out, wanted, direction[:, start:stop]), strict=True
         ):
-            total += x
+            total.add_(x)
     joined = {
         "out": torch.cat([out for out, _ in parts], dim=1),
         "lse": torch.cat([lse for _, lse in parts], dim=1),

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed
 from torch import nn
 
 from longpretrain.config import Config
 from longpretrain.engine import zero
 from longpretrain.engine.zero import ZeroEngine
 from longpretrain.errors import InputError
-from longpretrain.ranks import Ranks
 from longpretrain.recipe import from_tree
 
+pytestmark = pytest.mark.usefixtures("process_group")
 PAIRS = [(p, s) for p in ("fp32", "bf16") for s in (0, 1, 2, 3) if (p, s) != ("bf16", 0)]
 
 
@@ -31,23 +29,6 @@ class Small(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(torch.tanh(self.first(x.to(self.first.weight.dtype)))).float().sum()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in (
-            "RANK",
-            "WORLD_SIZE",
-            "LOCAL_RANK",
-            "MASTER_ADDR",
-            "MASTER_PORT",
-            "DS_ACCELERATOR",
-        ):
-            patch.setenv(name, "")
-        zero.start_ranks(Ranks(), torch.device("cpu"))
-        yield
-        zero.stop_ranks()
 
 
 def config(precision: str, stage: int, **optim: float) -> Config:

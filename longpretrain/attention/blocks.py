@@ -7,6 +7,10 @@ one slice of places. Only the two corners of its scores lie outside the window, 
 there and nowhere else. Global tokens are hidden in the band and come as a second, gathered set of
 keys in the same softmax: each key counts once.
 
+Keys and slots are filled up to whole sixteens with zeros that NOTHING hides. Dropout draws sixteen
+keys at a time, and matrix products of such shapes do not depend on the number of threads (measured
+with MKL in float32; those of odd shapes do).
+
 Letters: B batch row, N query, M key, H head, D number of a head, G slot of a global token,
 S stream (batch row x head of one dilation), m and n the queries and keys of one block.
 """
@@ -19,11 +23,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from longpretrain.attention import philox
 from longpretrain.attention.softmax import NOTHING, Keys, Source, Work
 
 _ALL = slice(None)
+SIXTEEN = philox.KEYS_PER_CALL
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Problem:
     causal: bool
     q_offset: int
     drop_below: int  # round(256 p); 0 means no dropout
+    num_slots: int  # without the fill
     seed_B: Tensor | None
     document_BM: Tensor | None
     padding_bias_BM: Tensor | None  # NOTHING at padding
@@ -82,10 +89,11 @@ class _Block:
 
     dilation: int
     residue: int
-    first_query: int  # this and the next three count places
+    first_query: int  # this and the next four count places
     num_queries: int
     first_key: int
-    num_keys: int
+    num_keys: int  # with the fill
+    num_real_keys: int
     left: int  # reach
     right: int
 
@@ -99,6 +107,7 @@ class _Block:
 
     @property
     def keys(self) -> slice:
+        """Masks, which have no fill, give ``num_real_keys`` columns for it."""
         return self.positions(self.first_key, self.num_keys)
 
     def corner_biases(self, like: Tensor) -> list[tuple[slice, Tensor]]:
@@ -114,6 +123,8 @@ class _Block:
         if after_highest < self.num_keys:
             shape = (self.num_queries, self.num_keys - after_highest)
             biases.append((slice(after_highest, None), like.new_full(shape, NOTHING).triu_()))
+        if self.num_real_keys < self.num_keys:
+            biases.append((slice(self.num_real_keys, None), like.new_full((), NOTHING)))
         return biases
 
 
@@ -129,6 +140,8 @@ class HeadGroup:
 
     def __post_init__(self) -> None:
         self.head_H = torch.tensor(self.heads, device=self.device)
+        # The tokens of a stream of keys, so that each class has a whole number of sixteens.
+        self.num_filled = _round_up(self.problem.num_keys, SIXTEEN * self.dilation)
         self.limits = CPU_LIMITS if self.device.type == "cpu" else GPU_LIMITS
 
     def local_work(self, band: Source, slots: Source | None) -> Iterator[Work]:
@@ -159,10 +172,10 @@ class HeadGroup:
         problem = self.problem
         assert problem.slot_key_BG is not None
         num_slots = problem.slot_key_BG.shape[1]
-        step = max(1, min(num_slots, self.limits.scores // problem.num_keys))
+        step = max(SIXTEEN, self.limits.scores // self.num_filled // SIXTEEN * SIXTEEN)
         for start in range(0, num_slots, step):
             slots = slice(start, min(start + step, num_slots))
-            for part in self._parts(step * problem.num_keys):
+            for part in self._parts((slots.stop - start) * self.num_filled):
                 keys = self._all_keys(slots, every_key, part)
                 yield Work((part.streams, slots), part.shape, [keys])
 
@@ -170,10 +183,19 @@ class HeadGroup:
         left = self.problem.one_sided_window
         right = 0 if self.problem.causal else left
         num_places = _ceil_div(self.problem.num_keys - residue, self.dilation)
-        first_key = max(0, first_query - left)
-        num_keys = min(num_places, first_query + num_queries + right) - first_key
+        first_key = max(0, first_query - left) // SIXTEEN * SIXTEEN
+        last_key = min(num_places, first_query + num_queries + right)
+        num_keys = _round_up(last_key - first_key, SIXTEEN)
         return _Block(
-            self.dilation, residue, first_query, num_queries, first_key, num_keys, left, right
+            self.dilation,
+            residue,
+            first_query,
+            num_queries,
+            first_key,
+            num_keys,
+            min(num_keys, num_places - first_key),
+            left,
+            right,
         )
 
     def _parts(self, scores_per_stream: int) -> Iterator[_Part]:
@@ -205,15 +227,14 @@ class HeadGroup:
         assert seed_B is not None
         seed_B1111 = seed_B[part.rows, None, None, None, None]
         head_H111 = self.head_H[part.heads, None, None, None]
-        # A block's first key need not start a group of sixteen.
-        sixteens = _ceil_div(widest + philox.KEYS_PER_CALL - 1, philox.KEYS_PER_CALL)
+        sixteens = widest // SIXTEEN
         per_block = part.shape[0] * part.shape[1] * self.limits.queries * sixteens
         together = max(1, self.limits.counters // per_block)
         for start in range(0, len(blocks), together):
             run = blocks[start : start + together]
             first_query_k1 = self._column([block.queries.start for block in run])
             query_km = first_query_k1 + self.dilation * self._range(self.limits.queries)
-            first_k1 = self._column([block.first_key // philox.KEYS_PER_CALL for block in run])
+            first_k1 = self._column([block.first_key // SIXTEEN for block in run])
             sixteen_kn = first_k1 + self._range(sixteens)
             band_BHkmn = philox.dropout_bytes(
                 seed_B1111,
@@ -222,19 +243,18 @@ class HeadGroup:
                 self.head_H.new_tensor(run[0].residue),
                 sixteen_kn[:, None],
             )
-            slot_BHkmG = None
+            slot_BHkmG, num_slots = None, self.problem.num_slots
             if self.problem.slot_key_BG is not None:
                 slot_BHkmG = philox.dropout_byte(
                     seed_B1111,
                     head_H111,
                     query_km[:, :, None],
-                    self.problem.slot_key_BG[part.rows, None, None, None],
+                    self.problem.slot_key_BG[part.rows, None, None, None, :num_slots],
                     dilation=self.head_H.new_tensor(self.dilation),
                 )
+                slot_BHkmG = pad(slot_BHkmG, (0, -num_slots % SIXTEEN))
             for i, block in enumerate(run):
-                skipped = block.first_key % philox.KEYS_PER_CALL
-                columns = slice(skipped, skipped + block.num_keys)
-                queries = slice(0, block.num_queries)
+                queries, columns = slice(0, block.num_queries), slice(0, block.num_keys)
                 slot_BHmG = None if slot_BHkmG is None else slot_BHkmG[:, :, i, queries]
                 yield block, band_BHkmn[:, :, i, queries, columns], slot_BHmG
 
@@ -243,17 +263,22 @@ class HeadGroup:
     ) -> Keys:
         """The keys of the windows, without global tokens."""
         problem = self.problem
-        outline = (block.num_queries, block.num_keys, block.first_query - block.first_key)
+        columns = slice(0, block.num_real_keys)
+        outline = (
+            block.num_queries,
+            block.num_keys,
+            block.num_real_keys,
+            block.first_query - block.first_key,
+        )
         if outline not in self._corners:
             self._corners[outline] = block.corner_biases(band.k_SMD)
         biases = [*self._corners[outline]]
         if problem.band_bias_BM is not None:
-            biases.append((_ALL, problem.band_bias_BM[part.rows, None, None, block.keys]))
+            biases.append((columns, problem.band_bias_BM[part.rows, None, None, block.keys]))
         if problem.document_BM is not None:
             document_BM = problem.document_BM[part.rows]
-            biases.append(
-                _elsewhere(document_BM[:, block.queries], document_BM[:, block.keys], band)
-            )
+            hidden = _elsewhere(document_BM[:, block.queries], document_BM[:, block.keys])
+            biases.append((columns, _bias(hidden, band)))
         return Keys(band, (part.streams, block.keys), biases, byte_BHmn, problem.drop_below)
 
     def _slot_keys(
@@ -267,12 +292,11 @@ class HeadGroup:
         if problem.causal:
             queries = block.queries
             query_m = torch.arange(queries.start, queries.stop, queries.step, device=self.device)
-            biases.append(_bias(key_BG[:, None] > query_m[:, None], slots))
+            biases.append((_ALL, _bias(key_BG[:, None] > query_m[:, None], slots)))
         if problem.document_BM is not None:
             document_BM = problem.document_BM[part.rows]
-            biases.append(
-                _elsewhere(document_BM[:, block.queries], document_BM.gather(1, key_BG), slots)
-            )
+            hidden = _elsewhere(document_BM[:, block.queries], document_BM.gather(1, key_BG))
+            biases.append((_ALL, _bias(hidden, slots)))
         return Keys(slots, (part.streams, _ALL), biases, byte_BHmG, problem.drop_below)
 
     def _all_keys(self, slots: slice, every_key: Source, part: _Part) -> Keys:
@@ -280,27 +304,31 @@ class HeadGroup:
         problem = self.problem
         assert problem.slot_key_BG is not None
         query_BG = problem.slot_key_BG[part.rows, slots]
-        biases = []
+        columns, fill = slice(0, problem.num_keys), slice(problem.num_keys, None)
+        biases = [(fill, every_key.k_SMD.new_full((), NOTHING))]
         if problem.padding_bias_BM is not None:
-            biases.append((_ALL, problem.padding_bias_BM[part.rows, None, None]))
+            biases.append((columns, problem.padding_bias_BM[part.rows, None, None]))
         if problem.causal:
-            biases.append(_bias(self._range(problem.num_keys) > query_BG[:, :, None], every_key))
+            later = self._range(problem.num_keys) > query_BG[:, :, None]
+            biases.append((columns, _bias(later, every_key)))
         if problem.document_BM is not None:
             document_BM = problem.document_BM[part.rows]
-            biases.append(_elsewhere(document_BM.gather(1, query_BG), document_BM, every_key))
+            hidden = _elsewhere(document_BM.gather(1, query_BG), document_BM)
+            biases.append((columns, _bias(hidden, every_key)))
         byte_BHGM = None
         if problem.drop_below:
             assert problem.seed_B is not None
-            num_places = _ceil_div(problem.num_keys, self.dilation)
+            num_drawn = max(0, problem.num_slots - slots.start)
             byte_BHGdn = philox.dropout_bytes(
                 problem.seed_B[part.rows, None, None, None, None],
                 self.head_H[part.heads, None, None, None] + philox.GLOBAL_ROW,
-                query_BG[:, None, :, None, None],
+                query_BG[:, None, :num_drawn, None, None],
                 self._range(self.dilation)[:, None],
-                self._range(_ceil_div(num_places, philox.KEYS_PER_CALL)),
+                self._range(self.num_filled // (SIXTEEN * self.dilation)),
             )
             # A key's position is place * dilation + residue.
-            byte_BHGM = byte_BHGdn.transpose(-1, -2).flatten(-2)[..., : problem.num_keys]
+            byte_BHGM = byte_BHGdn.transpose(-1, -2).flatten(-2)
+            byte_BHGM = pad(byte_BHGM, (0, 0, 0, query_BG.shape[1] - byte_BHGM.shape[2]))
         return Keys(every_key, (part.streams, _ALL), biases, byte_BHGM, problem.drop_below)
 
     def _range(self, count: int) -> Tensor:
@@ -314,12 +342,15 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _bias(hidden_Bmn: Tensor, source: Source) -> tuple[slice, Tensor]:
-    """NOTHING where hidden, for all heads."""
-    bias_Bmn = torch.where(hidden_Bmn, NOTHING, source.k_SMD.new_zeros(()))
-    return _ALL, bias_Bmn[:, None]
+def _round_up(a: int, multiple: int) -> int:
+    return _ceil_div(a, multiple) * multiple
 
 
-def _elsewhere(query_Bm: Tensor, key_Bn: Tensor, source: Source) -> tuple[slice, Tensor]:
-    """NOTHING where the query's document is not the key's."""
-    return _bias(query_Bm[:, :, None] != key_Bn[:, None], source)
+def _bias(hidden_Bmn: Tensor, source: Source) -> Tensor:
+    """NOTHING where hidden, else 0, for all heads: [B, 1, m, n]."""
+    return torch.where(hidden_Bmn, NOTHING, source.k_SMD.new_zeros(()))[:, None]
+
+
+def _elsewhere(query_Bm: Tensor, key_Bn: Tensor) -> Tensor:
+    """Where the query's document is not the key's."""
+    return query_Bm[:, :, None] != key_Bn[:, None]

@@ -215,7 +215,7 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     like = tensors[0]
     assert like is not None
     device = like.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]

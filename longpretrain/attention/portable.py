@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from longpretrain.attention.blocks import HeadGroup, Problem
+from longpretrain.attention.blocks import SIXTEEN, HeadGroup, Problem
 from longpretrain.attention.softmax import NO_KEYS, NOTHING, Source, attend, attend_backward
 
 
@@ -62,7 +63,7 @@ def portable_attention(  # noqa: PLR0917 - the schema of an operator is flat
             q_offset=q_offset,
         )
         for group in _groups(problem, dilation_of_heads, q_BNHD):
-            out_SND, lse_SN1 = _group_forward(group, _laid_out(inputs, group.heads, scale))
+            out_SND, lse_SN1 = _group_forward(group, _laid_out(inputs, group, scale))
             _from_streams(out_SND, group.heads, out_BNHD)
             _from_streams(lse_SN1, group.heads, lse_BNH[..., None])
         if padding_BM is not None:
@@ -118,7 +119,7 @@ def portable_attention_backward(  # noqa: PLR0917
             dout_SND.masked_fill_(lse_SN1 == NO_KEYS, 0.0)
             delta_SN1 = out_SND.mul_(dout_SND).sum(dim=-1, keepdim=True)
             rows = (dout_SND.mul_(problem.kept_scale), lse_SN1, delta_SN1)
-            found = _group_backward(group, _laid_out(inputs, heads, scale), rows)
+            found = _group_backward(group, _laid_out(inputs, group, scale), rows)
             for i, (gradient_SND, gradient_BNHD) in enumerate(zip(found, gradients, strict=True)):
                 # Queries entered as q * scale.
                 _from_streams(
@@ -211,7 +212,10 @@ def _problem(
     padding_bias_BM = None if padding_BM is None else bias(padding_BM)
     band_bias_BM = padding_bias_BM
     slot_key_BG = slot_bias_BG = slot_row_BG = None
+    num_slots = 0
     if global_index_BG is not None:
+        num_slots = global_index_BG.shape[1]
+        global_index_BG = pad(global_index_BG, (0, -num_slots % SIXTEEN), value=-1)
         slot_key_BG = global_index_BG.long().clamp(min=0)
         unused_BG = global_index_BG < 0
         if padding_BM is not None:
@@ -234,6 +238,7 @@ def _problem(
         causal=causal,
         q_offset=q_offset,
         drop_below=drop_below,
+        num_slots=num_slots,
         seed_B=seed_B,
         document_BM=document_BM,
         padding_bias_BM=padding_bias_BM,
@@ -264,8 +269,16 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _laid_out(inputs: Sequence[Tensor | None], heads: list[int], scale: float) -> list[Tensor]:
-    streams = [_to_streams(x, heads) for x in inputs if x is not None]
+def _laid_out(inputs: Sequence[Tensor | None], group: HeadGroup, scale: float) -> list[Tensor]:
+    """The inputs as streams, in their order; queries scaled, all but local ones filled up."""
+    fill_keys = group.num_filled - group.problem.num_keys
+    fill_slots = -group.problem.num_slots % SIXTEEN
+    fills = (0, fill_keys, fill_keys, fill_slots, fill_keys, fill_keys)
+    streams = [
+        _to_streams(x, group.heads, spare_rows=fill)
+        for x, fill in zip(inputs, fills, strict=True)
+        if x is not None
+    ]
     for q in streams[::3]:
         q.mul_(scale)
     return streams

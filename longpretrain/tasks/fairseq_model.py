@@ -8,7 +8,6 @@ and takes those of the folder of ``--model-path``.
 # typing's own forms.
 # ruff: noqa: UP006, UP035, UP045
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, List, Optional
@@ -21,7 +20,7 @@ from longpretrain.config import Config, ModelConfigOverrides
 from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.model.encoder import ModelConfig
-from longpretrain.model.folder import load_model, read_config
+from longpretrain.model.folder import changed, load_model, read_config
 from longpretrain.model.lm_head import LongformerForMaskedLM
 from longpretrain.tasks.masked_lm import model_changes
 
@@ -99,7 +98,7 @@ class LongformerModel(BaseFairseqModel):  # type: ignore[misc]
             folder = Path(task.cfg.model_path)
             stored = read_config(folder)
             _check_sizes(args, stored, folder)
-            changes = model_changes(recipe, stored)
+            changes = model_changes(recipe)
             model = load_model(folder, changes=changes, activation_checkpointing=recompute)
         else:
             model = LongformerForMaskedLM(
@@ -134,7 +133,7 @@ def _new_config(args: Any, recipe: Config) -> ModelConfig:
         attention_window=(_WINDOW,) * sizes["num_layers"],
         **sizes,
     )
-    return dataclasses.replace(plain, **model_changes(recipe, plain))  # type: ignore[arg-type]
+    return changed(plain, model_changes(recipe))
 
 
 def _check_sizes(args: Any, stored: ModelConfig, folder: Path) -> None:

@@ -32,6 +32,7 @@ from longpretrain.errors import InputError
 from longpretrain.model.encoder import ModelConfig
 from longpretrain.model.folder import (
     CONFIG_NAME,
+    changed,
     config_json,
     load_model,
     read_config,
@@ -55,21 +56,18 @@ class Sample:
     dropout_seed: int
 
 
-def model_changes(config: Config, folder_config: ModelConfig) -> dict[str, object]:
+def model_changes(config: Config) -> dict[str, object]:
     """What a recipe changes of a model folder's config.json, in ModelConfig's names."""
     recipe = config.model
-    layers, heads = folder_config.num_layers, folder_config.num_heads
-    changes: dict[str, object] = {"attention_backend": recipe.attention_backend}
-    if recipe.attention_window is not None:
-        changes["attention_window"] = _one_each(recipe.attention_window, layers)
-    if recipe.dilation is not None:
-        changes["dilation"] = _one_each(recipe.dilation, heads)
     named = {
+        "attention_backend": recipe.attention_backend,
+        "attention_window": recipe.attention_window,
+        "dilation": recipe.dilation,
         "causal": recipe.causal,
         "hidden_dropout": recipe.dropout,
         "attention_dropout": recipe.attention_dropout,
     }
-    return changes | {name: value for name, value in named.items() if value is not None}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 class MaskedLMTask:
@@ -101,26 +99,13 @@ class MaskedLMTask:
         self.tokenizer = load_tokenizer(folder)
         stored = new_model if folder is None else read_config(folder)
         assert stored is not None
-        self._changes = model_changes(config, stored)
-        if config.data.max_tokens > stored.max_tokens:
-            raise InputError(
-                "recipe key data.max_tokens",
-                got=config.data.max_tokens,
-                wanted=f"at most {stored.max_tokens}, the positions of {folder}",
-                way_out=f"Lengthen the model: longpretrain convert {folder} DST "
-                f"--positions {config.data.max_tokens}.",
-            )
-        self.corpus = open_corpus(config, split)
-        if self.corpus.tokenizer_fingerprint != self.tokenizer.fingerprint:
-            raise InputError(
-                f"tokenizer of the {split} corpus",
-                got=f"fingerprint {self.corpus.tokenizer_fingerprint[:16]}",
-                wanted=f"{self.tokenizer.fingerprint[:16]}, the tokenizer of {folder or 'RoBERTa'}",
-                way_out="Prepare the corpus again "
-                + (f"with --tokenizer {folder}." if folder else "without --tokenizer."),
-            )
+        self._changes = model_changes(config)
+        self.model_config = changed(stored, self._changes)
         self._global_tokens = parse_global_tokens(config.model.global_tokens)
         self._has_global = self._global_tokens.kind != "none"
+        self._check_fit(folder)
+        self.corpus = open_corpus(config, split)
+        self.corpus.require_tokenizer(self.tokenizer.fingerprint, owner=f"model {folder or 'new'}")
         self.blocks = Blocks(
             self.corpus,
             policy=config.data.blocks,
@@ -129,6 +114,24 @@ class MaskedLMTask:
             eos_id=self.tokenizer.eos_id,
         )
         self._order = Order(len(self.blocks), seed=config.run.seed)
+
+    def _check_fit(self, folder: Path | None) -> None:
+        length, positions = self.config.data.max_tokens, self.model_config.max_tokens
+        if length > positions:
+            raise InputError(
+                "recipe key data.max_tokens",
+                got=length,
+                wanted=f"at most {positions}, the positions of {folder}",
+                way_out="Lengthen the model: longpretrain convert "
+                f"{folder} DST --positions {length}.",
+            )
+        if self._has_global and self.model_config.model_type == "roberta":
+            raise InputError(
+                "recipe key model.global_tokens",
+                got=self.config.model.global_tokens,
+                wanted="none, as RoBERTa has no global attention",
+                way_out=f"Make a Longformer first: longpretrain convert {folder} DST.",
+            )
 
     def build_model(self, folder: Path) -> nn.Module:
         """The model of a folder with the recipe's changes; global projections frozen if nothing
@@ -141,7 +144,6 @@ class MaskedLMTask:
         )
         if not self._has_global:
             model.freeze_global_projections()
-        self._model_config = model.config
         self._stored = stored_names(model)
         return model
 
@@ -234,7 +236,7 @@ class MaskedLMTask:
         already what an export must be.
         """
         stored = self._stored[parameter]
-        frozen = self._model_config.model_type == "longformer" and not self._has_global
+        frozen = self.model_config.model_type == "longformer" and not self._has_global
         for local in _LOCAL_PROJECTIONS if frozen else ():
             if f".attention.self{local}" in stored:
                 return stored, stored.replace(local, f"{local[:-1]}_global.")
@@ -242,9 +244,9 @@ class MaskedLMTask:
 
     def write_model_files(self, folder: Path) -> None:
         """config.json and the tokenizer's files."""
-        text = json.dumps(config_json(self._model_config), indent=2)
+        text = json.dumps(config_json(self.model_config), indent=2)
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-        self.tokenizer.save(folder, self._model_config.max_tokens)
+        self.tokenizer.save(folder, self.model_config.max_tokens)
 
 
 def open_corpus(
@@ -261,11 +263,6 @@ def open_corpus(
             way_out=f"Say {key}=DIR.",
         )
     return Corpus.open(Path(path), verify=verify)
-
-
-def _one_each(values: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """One number stands for all layers or heads."""
-    return values * count if len(values) == 1 else values
 
 
 def _pad_global(found: list[np.ndarray]) -> torch.Tensor:

@@ -1,0 +1,275 @@
+"""The public operator: what it refuses, and how it lives with the rest of PyTorch."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import Case, assert_equal_to, make_case
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from longpretrain.attention import AttentionPattern, fused, sliding_attention, why_not
+from longpretrain.attention.portable import portable_attention, portable_attention_backward
+
+CASES = {
+    "window_only": make_case(AttentionPattern(5), keys=70),
+    "masks": make_case(AttentionPattern(5, causal=True), keys=70, padding=True, documents=True),
+    "everything": make_case(
+        AttentionPattern(4, (1, 3)),
+        keys=70,
+        q_offset=6,
+        padding=True,
+        slots=3,
+        documents=True,
+        dropout_p=0.2,
+    ),
+}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def good() -> dict[str, Any]:
+    """Arguments that pass: 2 rows, 10 queries from position 2 on, 12 keys, 3 heads of size 4."""
+    return {
+        "q_BNHD": torch.zeros(2, 10, 3, 4),
+        "k_BNHD": torch.zeros(2, 12, 3, 4),
+        "v_BNHD": torch.zeros(2, 12, 3, 4),
+        "pattern": AttentionPattern(2, (1, 1, 2)),
+        "q_offset": 2,
+        "padding_BN": torch.zeros(2, 12, dtype=torch.bool),
+        "global_index_BG": torch.tensor([[0, 11], [5, -1]], dtype=torch.int32),
+        "q_global_BGHD": torch.zeros(2, 2, 3, 4),
+        "k_global_BNHD": torch.zeros(2, 12, 3, 4),
+        "v_global_BNHD": torch.zeros(2, 12, 3, 4),
+        "document_BN": torch.zeros(2, 12, dtype=torch.int32),
+        "dropout_p": 0.1,
+        "dropout_seed_B": torch.zeros(2, dtype=torch.int64),
+    }
+
+
+@pytest.mark.parametrize("backend", ["auto", "portable", "reference"])
+def test_the_good_arguments_pass(backend: str) -> None:
+    out = sliding_attention(**good(), backend=backend)
+    assert out.shape == (2, 10, 3, 4)
+    assert out.is_contiguous()
+
+
+INDEX = torch.int32
+BAD = {
+    "q_dimensions": ({"q_BNHD": torch.zeros(2, 10, 12)}, r"q and k: got shapes \[2, 10, 12\]"),
+    "no_tokens": ({"q_BNHD": torch.zeros(2, 0, 3, 4)}, r"each at least 1"),
+    "k_heads": (
+        {"k_BNHD": torch.zeros(2, 12, 2, 4)},
+        r"k: got float32 \[2, 12, 2, 4\] on cpu; wanted float32 \[2, 12, 3, 4\]",
+    ),
+    "v_dtype": ({"v_BNHD": torch.zeros(2, 12, 3, 4).half()}, r"v: got float16 .* wanted float32"),
+    "v_device": ({"v_BNHD": torch.zeros(2, 12, 3, 4, device="meta")}, r"v: got .* on meta"),
+    "integers": ({"q_BNHD": torch.zeros(2, 10, 3, 4, dtype=torch.int64)}, r"q: got int64"),
+    "dilations": ({"pattern": AttentionPattern(2, (1, 2))}, r"dilation: got 2 numbers for 3 heads"),
+    "offset": ({"q_offset": 3}, r"q_offset: got 3 with 10 queries and 12 keys; wanted 0 to 2"),
+    "negative_offset": ({"q_offset": -1}, r"q_offset: got -1"),
+    "padding_length": (
+        {"padding_BN": torch.zeros(2, 10, dtype=torch.bool)},
+        r"padding_BN: got bool \[2, 10\] on cpu; wanted bool \[2, 12\]",
+    ),
+    "padding_dtype": ({"padding_BN": torch.zeros(2, 12)}, r"padding_BN: got float32"),
+    "index_rows": ({"global_index_BG": torch.zeros(1, 2, dtype=INDEX)}, r"global_index_BG: got"),
+    "index_dimensions": ({"global_index_BG": torch.zeros(2, dtype=INDEX)}, r"global_index_BG: got"),
+    "index_too_high": (
+        {"global_index_BG": torch.tensor([[0, 12], [5, -1]], dtype=INDEX)},
+        r"global_index_BG: got values from -1 to 12; wanted positions from 0 to 11",
+    ),
+    "index_too_low": (
+        {"global_index_BG": torch.tensor([[0, 1], [5, -2]], dtype=INDEX)},
+        r"global_index_BG: got values from -2",
+    ),
+    "index_twice": (
+        {"global_index_BG": torch.tensor([[0, 1], [5, 5]], dtype=INDEX)},
+        r"global_index_BG: got position 5 twice",
+    ),
+    "q_global_slots": (
+        {"q_global_BGHD": torch.zeros(2, 3, 3, 4)},
+        r"q_global: got float32 \[2, 3, 3, 4\] on cpu; wanted float32 \[2, 2, 3, 4\]",
+    ),
+    "projections_alone": ({"global_index_BG": None}, r"global projections: got 3 of"),
+    "document_falls": (
+        {"document_BN": torch.arange(12, dtype=INDEX).flip(0).repeat(2, 1)},
+        r"document_BN: got a smaller number after token 0 of row 0",
+    ),
+    "p_too_high": ({"dropout_p": 0.999}, r"dropout_p: got 0.999"),
+    "p_negative": ({"dropout_p": -0.1}, r"dropout_p: got -0.1"),
+    "no_seed": ({"dropout_seed_B": None}, r"dropout_seed_B: got none with dropout_p=0.1"),
+    "seed_dtype": ({"dropout_seed_B": torch.zeros(2)}, r"dropout_seed_B: got float32"),
+    "backend": ({"backend": "quick"}, r"backend: got 'quick'; wanted auto or fused"),
+    "fused": ({"backend": "fused"}, r"backend: got 'fused', but the compiled library is not built"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sliding_attention(**(good() | change))
+
+
+def test_too_many_heads_for_the_counter() -> None:
+    x = torch.zeros(1, 1, 1 << 16, 1)
+    with pytest.raises(ValueError, match="heads: got 65536"):
+        sliding_attention(x, x, x, AttentionPattern(1))
+
+
+def test_why_not_and_the_announcement(caplog: pytest.LogCaptureFixture) -> None:
+    assert why_not("portable") is None
+    assert why_not("reference") is None
+    assert why_not("auto") is None
+    reason = why_not("fused")
+    assert reason is not None and "not built" in reason
+    fused._announce.cache_clear()
+    with caplog.at_level(logging.INFO, logger="longpretrain.attention"):
+        for _ in range(3):
+            sliding_attention(**good())
+    assert [record.message for record in caplog.records] == [
+        f"attention runs on the portable backend: {reason}"
+    ]
+
+
+def test_dropout_that_rounds_to_nothing_needs_no_seed() -> None:
+    arguments = good() | {"dropout_p": 0.001, "dropout_seed_B": None}
+    assert torch.equal(
+        sliding_attention(**arguments), sliding_attention(**(arguments | {"dropout_p": 0.0}))
+    )
+
+
+def test_no_slots_are_no_global_tokens() -> None:
+    case = CASES["masks"]
+    empty = torch.zeros(2, 0, dtype=torch.int32)
+    assert torch.equal(case.forward(global_index_BG=empty)[0], case.forward()[0])
+
+
+def test_int64_index_and_documents_are_as_good() -> None:
+    case = CASES["everything"]
+    wider = {name: case.masks[name].long() for name in ("global_index_BG", "document_BN")}
+    assert torch.equal(case.forward(**wider)[0], case.forward()[0])
+
+
+def test_default_scale() -> None:
+    case = CASES["window_only"]
+    assert torch.equal(case.forward(scale=0.5)[0], case.forward()[0])  # D = 4
+    assert not torch.equal(case.forward(scale=1.0)[0], case.forward()[0])
+
+
+def operands(case: Case) -> tuple[Any, ...]:
+    """What the operator below the checks is called with."""
+    values = case.floats | case.masks
+    names = ("q_BNHD", "k_BNHD", "v_BNHD", "q_global_BGHD", "k_global_BNHD", "v_global_BNHD")
+    masks = ("padding_BN", "document_BN", "global_index_BG", "dropout_seed_B")
+    pattern = case.pattern
+    return (
+        *(values.get(name) for name in names + masks),
+        pattern.one_sided_window,
+        list(pattern.dilation_of_heads(2)),
+        pattern.causal,
+        round(256 * values.get("dropout_p", 0.0)),
+        0.5,
+        values["q_offset"],
+    )
+
+
+@each_case
+def test_opcheck(case: Case) -> None:
+    torch.library.opcheck(portable_attention, operands(case))
+
+
+@each_case
+def test_opcheck_of_the_backward(case: Case) -> None:
+    inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in operands(case))
+    out, lse = portable_attention(*inputs)
+    torch.library.opcheck(portable_attention_backward, (torch.ones_like(out), out, lse, *inputs))
+
+
+@each_case
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_into_one_graph(case: Case, dynamic: bool) -> None:
+    torch.compiler.reset()
+    names = list(case.floats)
+
+    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    def compiled(*floats: Tensor) -> tuple[Tensor, Tensor]:
+        named = dict(zip(names, floats, strict=True))
+        return sliding_attention(**named, **case.masks, pattern=case.pattern, return_lse=True)
+
+    out, lse = compiled(*case.floats.values())
+    found = {"out": out.detach(), "lse": lse} | case.gradients(out)
+    assert_equal_to(found, case.run(), 1e-14)
+
+
+@each_case
+def test_checkpointing_changes_nothing(case: Case) -> None:
+    def forward(*floats: Tensor) -> Tensor:
+        named = dict(zip(case.floats, floats, strict=True))
+        return Case(case.pattern, named, case.masks).forward()[0]
+
+    out = checkpoint(forward, *case.floats.values(), use_reentrant=False)
+    plain = case.run()
+    for name, x in case.gradients(out).items():
+        assert torch.equal(x, plain[name]), name
+
+
+@pytest.mark.parametrize("backend", ["portable", "reference"])
+def test_autocast_casts_and_computes_in_float32(backend: str) -> None:
+    case = CASES["everything"].to(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, lse = case.forward(backend)
+    assert out.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
+    low = case.to(torch.bfloat16)
+    plain = low.run(backend)
+    assert torch.equal(out, plain["out"])
+    for name, x in case.gradients(out).items():
+        assert x.dtype == torch.float32
+        assert torch.equal(x, plain[name].float()), name
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    case = CASES["window_only"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert case.forward()[0].dtype == torch.float64
+
+
+@each_case
+def test_lse_is_not_differentiable_and_outputs_are_fresh(case: Case) -> None:
+    out, lse = case.forward()
+    assert out.requires_grad
+    assert not lse.requires_grad
+    inputs = {x.untyped_storage().data_ptr() for x in case.floats.values()}
+    assert out.untyped_storage().data_ptr() not in inputs
+
+
+def test_frozen_inputs_get_no_gradient() -> None:
+    case = CASES["everything"]
+    floats = {k: x.detach() for k, x in case.floats.items()}
+    floats["q_BNHD"].requires_grad_()
+    out, _ = Case(case.pattern, floats, case.masks).forward()
+    out.sum().backward()
+    assert floats["q_BNHD"].grad is not None
+    assert all(x.grad is None for name, x in floats.items() if name != "q_BNHD")
+
+
+def test_default_projections_are_the_ordinary_ones() -> None:
+    case = make_case(AttentionPattern(3), keys=30, slots=3, own_projections=False)
+    row_BG = case.masks["global_index_BG"].long().clamp(min=0)
+    q_global = case.floats["q_BNHD"][torch.arange(2)[:, None], row_BG]
+    given = case.run(
+        q_global_BGHD=q_global,
+        k_global_BNHD=case.floats["k_BNHD"],
+        v_global_BNHD=case.floats["v_BNHD"],
+    )
+    assert_equal_to(case.run(), given, 1e-14)
+
+
+def test_meta_tensors_give_shapes() -> None:
+    x = torch.zeros(2, 100, 3, 8, device="meta", dtype=torch.bfloat16)
+    out, lse = sliding_attention(x, x, x, AttentionPattern(4), return_lse=True)
+    assert (out.shape, out.dtype) == (x.shape, torch.bfloat16)
+    assert (lse.shape, lse.dtype) == ((2, 100, 3), torch.float32)

@@ -1,0 +1,241 @@
+"""The command line: exit codes, one-line errors, help with an example, and what bad input leaves
+behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from longpretrain.cli import main
+
+pytestmark = pytest.mark.usefixtures("process_group")
+VERBS = ("convert", "prepare", "train", "evaluate", "export", "verify", "report")
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a verb that must end with code 2 and one line on stderr; returns the line."""
+
+    def run(*words: object) -> str:
+        assert main([str(word) for word in words]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith(f"longpretrain {words[0]}: ")
+        for part in (": got ", "; wanted "):
+            assert part in lines[0]
+        assert lines[0].rstrip().endswith((".", "?"))
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def recipe(small_run: Path, tmp_path: Path) -> Path:
+    """A recipe whose run folder is in tmp_path."""
+    tree = yaml.safe_load((small_run / "recipe.yaml").read_text())
+    tree["run"] = {"dir": str(tmp_path / "run")}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert f"example:\n  longpretrain {verb} " in text
+
+
+def test_example_recipes_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "roberta-base-4096", "model.path=models/long", "optim.lr=1e-5", "--dry-run"]
+    assert main(words) == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert (resolved["model"]["path"], resolved["optim"]["lr"]) == ("models/long", 1e-5)
+
+
+def test_overrides_may_follow_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "demo", "--dry-run", "optim.lr=1"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["optim"]["lr"] == 1.0
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "demo", "--no-such-flag"])
+    assert ended.value.code == 2
+
+
+def test_missing_and_empty_corpus(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.txt").write_text(" \n")
+    before = contents(tmp_path)
+    assert "no-such" in refused("prepare", tmp_path / "no-such", "--out", tmp_path / "out")
+    assert "empty" in refused("prepare", tmp_path / "empty", "--out", tmp_path / "out")
+    refused("prepare", tmp_path / "blank.txt", "--out", tmp_path / "out")
+    assert contents(tmp_path) == before
+
+
+def test_text_that_is_not_utf8(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"good \xff bad")
+    line = refused("prepare", tmp_path / "bad.txt", "--out", tmp_path / "out")
+    assert "bad.txt" in line
+    assert "5" in line  # the offset of the bad byte
+    assert contents(tmp_path) == ["bad.txt"]
+
+
+def test_shards_of_another_tokenizer(
+    refused: Refused, recipe: Path, small_run: Path, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(small_run / "data" / "train", corpus)
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    manifest["tokenizer_fingerprint"] = "0" * 64
+    (corpus / "manifest.json").write_text(json.dumps(manifest))
+    assert "tokenizer" in refused("train", recipe, f"data.train={corpus}", "--check")
+    assert "tokenizer" in refused(
+        "evaluate", small_run / "models" / "long", "--data", corpus, "--max-tokens", 64
+    )
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "gone"])
+def test_damaged_shard(
+    refused: Refused, recipe: Path, small_run: Path, tmp_path: Path, damage: str
+) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(small_run / "data" / "train", corpus)
+    shard = next(corpus.glob("*.bin"))
+    data = bytearray(shard.read_bytes())
+    if damage == "gone":
+        shard.unlink()
+    elif damage == "truncated":
+        shard.write_bytes(data[:-2])
+    else:
+        data[10] ^= 1
+        shard.write_bytes(data)
+    line = refused("train", recipe, f"data.train={corpus}")
+    assert shard.name in line
+    assert "prepare" in line
+    assert "run" not in contents(tmp_path)
+
+
+def test_max_tokens_above_the_positions(refused: Refused, recipe: Path, small_run: Path) -> None:
+    line = refused("train", recipe, "data.max_tokens=129", "--check")
+    assert "got 129; wanted at most 128" in line
+    assert "longpretrain convert" in line
+    refused("evaluate", small_run / "models" / "long", "--data", small_run / "data" / "valid",
+            "--max-tokens", "64,129")  # fmt: skip
+
+
+@pytest.mark.parametrize("window", ["[15, 15]", "[0, 0]", "[16, 16, 16]", "-2"])
+def test_windows_that_do_not_fit(refused: Refused, recipe: Path, window: str) -> None:
+    assert "window" in refused("train", recipe, f"model.attention_window={window}", "--check")
+
+
+@pytest.mark.parametrize("window", ["15", "0", "16,16,16"])
+def test_conversion_windows(refused: Refused, small_run: Path, tmp_path: Path, window: str) -> None:
+    source = small_run / "models" / "short"
+    target = tmp_path / "long"
+    assert "window" in refused("convert", source, target, "--attention-window", window)
+    assert contents(tmp_path) == []
+
+
+def test_batch_that_ranks_cannot_make(
+    refused: Refused, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LONGPRETRAIN_WORLD_SIZE", "3")
+    line = refused(
+        "train", recipe, "batch.global_sequences=32", "batch.micro_sequences=4", "--check"
+    )
+    assert "got 32; wanted a multiple of 3 ranks x 4 = 12" in line
+    assert "24, 36, 48" in line
+
+
+def test_ds_config_that_sets_a_number_of_ours(
+    refused: Refused, recipe: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text('{"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}')
+    line = refused("train", recipe, f"zero.config={path}", "--check")
+    assert "gradient_clipping" in line
+    assert "optim.clip_norm" in line
+
+
+def test_unknown_key(refused: Refused, recipe: Path) -> None:
+    assert "Did you mean optim.lr?" in refused("train", recipe, "optim.learning_rate=1")
+
+
+def test_truncated_weights(refused: Refused, recipe: Path, small_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(small_run / "models" / "long", folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for words in (["train", recipe, f"model.path={folder}", "--check"],
+                  ["evaluate", folder, "--data", small_run / "data" / "valid", "--max-tokens", 64],
+                  ["convert", folder, tmp_path / "longer"]):  # fmt: skip
+        assert "model.safetensors" in refused(*words)
+    assert "longer" not in contents(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["model.path", "data.train"])
+def test_required_keys_are_named(refused: Refused, recipe: Path, key: str) -> None:
+    assert f"recipe key {key}: got nothing" in refused("train", recipe, f"{key}=", "--check")
+
+
+def test_folders_that_are_not_there(refused: Refused, recipe: Path, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    refused("train", recipe, f"model.path={nowhere}", "--check")
+    refused("train", recipe, f"data.train={nowhere}", "--check")
+    refused("export", nowhere, tmp_path / "out")
+    refused("verify", nowhere)
+    refused("report", nowhere)
+    refused("evaluate", nowhere, "--data", nowhere)
+    refused("train", "no-such-recipe")
+    assert "out" not in contents(tmp_path)
+
+
+def test_check_writes_nothing(recipe: Path, tmp_path: Path) -> None:
+    assert main(["train", str(recipe), "--check"]) == 0
+    assert contents(tmp_path) == ["recipe.yaml"]
+
+
+def test_one_rank_alone_from_start_to_report(
+    recipe: Path,
+    small_run: Path,
+    tmp_path: Path,
+    refused: Refused,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The verbs one after another on one run; each is safe to run twice."""
+    run, exported = tmp_path / "run", tmp_path / "exported"
+    assert main(["train", str(recipe)]) == 0
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    capsys.readouterr()
+    assert main(["train", str(recipe)]) == 0
+    assert "is done" in capsys.readouterr().out
+    line = refused("train", recipe, "optim.lr=9")
+    assert "optim.lr was 0.001 and is now 9.0" in line
+    assert "--fresh" in line
+    for _ in range(2):
+        assert main(["export", str(run), str(exported)]) == 0
+    assert main(["verify", str(exported)]) == 0
+    table = capsys.readouterr().out
+    assert "FAIL" not in table
+    data = str(small_run / "data" / "valid")
+    assert main(["evaluate", str(run), "--data", data, "--max-tokens", "64,128"]) == 0
+    assert json.loads((run / "evaluation.json").read_text())["results"][1]["max_tokens"] == 128
+    assert main(["report", str(run)]) == 0
+    assert "<svg" in (run / "report.html").read_text()
+    assert (
+        main(["train", str(recipe), "--fresh", "schedule.total_steps=1", "schedule.warmup_steps=0"])
+        == 0
+    )
+    assert (tmp_path / "run.old-1" / "status.json").is_file()
+    assert json.loads((run / "status.json").read_text())["step"] == 1
