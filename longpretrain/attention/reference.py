@@ -52,27 +52,13 @@ def reference_attention(
     dilations = pattern.dilation_of_heads(num_heads)
 
     def may_see(query_BN: Tensor) -> Tensor:
-        """What holds for local and global queries alike: bool [B, 1, N, M]."""
-        see_BNM = ~padding_BM[:, None].expand(-1, query_BN.shape[1], -1)
-        if document_BM is not None:
-            query_document_BN = document_BM.gather(1, query_BN)
-            see_BNM = see_BNM & (query_document_BN[:, :, None] == document_BM[:, None])
-        if pattern.causal:
-            see_BNM = see_BNM & (key_M <= query_BN[:, :, None])
-        return see_BNM[:, None]
+        return _may_see(query_BN, padding_BM, document_BM, pattern.causal)
 
     def kept(query_BN: Tensor, first_head: int) -> Tensor | None:
-        """Survivors of dropout: bool [B, H, N, M]."""
         if drop_below == 0:
             return None
         assert dropout_seed_B is not None
-        byte_BHNM = philox.dropout_byte(
-            dropout_seed_B[:, None, None, None],
-            (first_head + torch.arange(num_heads, device=key_M.device))[:, None, None],
-            query_BN[:, None, :, None],
-            key_M,
-            dilation=torch.tensor(dilations, device=key_M.device)[:, None, None],
-        )
+        byte_BHNM = _bytes(query_BN, key_M, dropout_seed_B, dilations, first_head)
         return byte_BHNM >= drop_below
 
     attend = functools.partial(
@@ -92,18 +78,50 @@ def reference_attention(
             q_global_BGHD, k_global_BMHD, v_global_BMHD,
             allowed=may_see(query_BG), kept=kept(query_BG, philox.GLOBAL_ROW),
         )  # fmt: skip
-        # Row n of the output is the row of the slot that names it, if there is one.
-        is_slot_B1NG = is_slot_BGM[:, None, :, query_N].transpose(2, 3)
-        is_global_B1N = is_slot_B1NG.any(dim=-1)
-        slot_BHN = is_slot_B1NG.to(torch.int8).argmax(dim=-1).expand(-1, num_heads, -1)
-        global_out_BHND = out_BHGD.gather(2, slot_BHN[..., None].expand_as(out_BHND))
-        out_BHND = torch.where(is_global_B1N[..., None], global_out_BHND, out_BHND)
-        lse_BHN = torch.where(is_global_B1N, lse_BHG.gather(2, slot_BHN), lse_BHN)
+        is_slot_BGN = is_slot_BGM[:, :, query_N]
+        out_BHND = _with_slots(out_BHND, out_BHGD, is_slot_BGN)
+        lse_BHN = _with_slots(lse_BHN[..., None], lse_BHG[..., None], is_slot_BGN)[..., 0]
 
     is_padding_B1N = padding_BM[:, None, query_N]
     out_BHND = out_BHND.masked_fill(is_padding_B1N[..., None], 0.0)
     lse_BHN = lse_BHN.masked_fill(is_padding_B1N, float("inf"))
     return out_BHND.transpose(1, 2).to(out_dtype).contiguous(), lse_BHN.transpose(1, 2).contiguous()
+
+
+def _may_see(
+    query_BN: Tensor, padding_BM: Tensor, document_BM: Tensor | None, causal: bool
+) -> Tensor:
+    """What holds for local and global queries alike: bool [B, 1, N, M]."""
+    key_M = torch.arange(padding_BM.shape[1], device=query_BN.device)
+    see_BNM = ~padding_BM[:, None].expand(-1, query_BN.shape[1], -1)
+    if document_BM is not None:
+        query_document_BN = document_BM.gather(1, query_BN)
+        see_BNM = see_BNM & (query_document_BN[:, :, None] == document_BM[:, None])
+    if causal:
+        see_BNM = see_BNM & (key_M <= query_BN[:, :, None])
+    return see_BNM[:, None]
+
+
+def _bytes(
+    query_BN: Tensor, key_M: Tensor, seed_B: Tensor, dilations: tuple[int, ...], first_head: int
+) -> Tensor:
+    """The byte of dropout of every weight: [B, H, N, M]."""
+    dilation_H = torch.tensor(dilations, device=key_M.device)
+    head_H = first_head + torch.arange(len(dilations), device=key_M.device)
+    return philox.dropout_byte(
+        seed_B[:, None, None, None],
+        head_H[:, None, None],
+        query_BN[:, None, :, None],
+        key_M,
+        dilation=dilation_H[:, None, None],
+    )
+
+
+def _with_slots(x_BHND: Tensor, slot_BHGD: Tensor, is_slot_BGN: Tensor) -> Tensor:
+    """Row n is the row of the slot that names it, if there is one."""
+    is_global_B1N1 = is_slot_BGN.any(dim=1)[:, None, :, None]
+    slot_B1N1 = is_slot_BGN.to(torch.int8).argmax(dim=1)[:, None, :, None]
+    return torch.where(is_global_B1N1, slot_BHGD.gather(2, slot_B1N1.expand_as(x_BHND)), x_BHND)
 
 
 def _attend(
