@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longpretrain.attention import AttentionPattern, blocks, sliding_attention
+from longpretrain.attention import AttentionPattern, blocks, sliding_attention, softmax
 from longpretrain.attention.portable import portable_attention
 from longpretrain.attention.reference import reference_attention
 
@@ -151,6 +152,31 @@ def test_padding_is_zero_and_never_nan(dtype: torch.dtype, backend: str, causal:
             assert (x[padding_BN] == 0).all(), name
     assert (found["lse"][padding_BN] == float("inf")).all()
     assert (found["dq_global_BGHD"][[0, 0, 0, 1, 1, 2], [0, 1, 2, 1, 2, 0]] == 0).all()
+
+
+def test_whatever_arrives_at_padding_goes_no_further() -> None:
+    """Not even an infinite gradient of a padding query's output."""
+    case = make_case(AttentionPattern(3), keys=50, padding=True, slots=3)
+    out, _ = case.forward()
+    direction = output_gradient(out)
+    spoiled = direction.masked_fill(case.masks["padding_BN"][:, :, None, None], float("inf"))
+    wanted = list(case.floats.values())
+    clean = torch.autograd.grad(out, wanted, direction, retain_graph=True)
+    for got, expected in zip(torch.autograd.grad(out, wanted, spoiled), clean, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_query_without_any_key() -> None:
+    """Below the operator: two sets of keys, all hidden from the second query."""
+    key_SnD = torch.ones(1, 3, 2)
+    hidden = torch.tensor([[0.0], [softmax.NOTHING]])
+    source = softmax.Source(key_SnD, key_SnD)
+    everything = (slice(None), slice(None))
+    keys = softmax.Keys(source, everything, [(slice(None), hidden)], None, 0)
+    work = softmax.Work(everything, (1, 1), [keys, keys])
+    out_SmD, lse_Sm1 = softmax.attend(torch.zeros(1, 2, 2), work, 1.0)
+    assert out_SmD.tolist() == [[[1.0, 1.0], [0.0, 0.0]]]
+    assert lse_Sm1.flatten().tolist() == pytest.approx([math.log(6), softmax.NO_KEYS])
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
