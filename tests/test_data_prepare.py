@@ -227,7 +227,7 @@ class TestAgain:
         rename = Path.rename
 
         def refuse_the_new(self, target):
-            if self.suffix == ".part":
+            if ".new-" in self.name:
                 raise OSError("no")
             return rename(self, target)
 

@@ -9,10 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
-import shutil
 import signal
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -35,10 +32,10 @@ from longpretrain.data.shards import (
     ShardRecord,
     ShardWriter,
     dtype_for,
-    file_sha256,
 )
 from longpretrain.data.tokenizer import Tokenizer, load_tokenizer
 from longpretrain.errors import InputError
+from longpretrain.files import fresh_folder, sha256
 
 Progress = Callable[[int, int], None]
 """Called with (bytes of text done, bytes in all)."""
@@ -110,7 +107,7 @@ def prepare(
     if done:
         return done
     with (
-        _folder_beside(out) as folder,
+        fresh_folder(out, belongs=lambda _: True) as folder,
         _encoder(tokenizer, tokenizer_folder, workers) as encoder,
         closing(
             ShardWriter(folder, vocab_size=tokenizer.vocab_size, shard_bytes=shard_bytes)
@@ -290,8 +287,7 @@ def _finished(
         )
     manifest = Manifest.read(out)
     sources = [
-        FileRecord(name=file.name, bytes=file.bytes, sha256=file_sha256(file.path))
-        for file in files
+        FileRecord(name=file.name, bytes=file.bytes, sha256=sha256(file.path)) for file in files
     ]
     if manifest.inputs_digest != _inputs_digest(sources, settings, tokenizer):
         raise InputError(
@@ -313,35 +309,3 @@ def _inputs_digest(
     files = [(source.name, source.bytes, source.sha256) for source in sources]
     text = json.dumps([VERSION, tokenizer.fingerprint, settings, files], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@contextmanager
-def _folder_beside(out: Path) -> Iterator[Path]:
-    """A new folder that becomes ``out`` when the block ends well, and vanishes when it does not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
-    new, old = (out.with_name(f".{out.name}.{mark}.{kind}") for kind in ("part", "old"))
-    new.mkdir()
-    try:
-        yield new
-        _sync_folder(new)
-        if out.exists():
-            out.rename(old)
-        new.rename(out)
-        _sync_folder(out.parent)
-    except BaseException:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        raise
-    finally:
-        for leftover in (new, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

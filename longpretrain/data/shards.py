@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longpretrain.errors import InputError
+from longpretrain.files import sha256
 
 FORMAT = "longpretrain-tokens"
 VERSION = 1
@@ -343,19 +344,13 @@ def _check_file(folder: Path, record: FileRecord, *, read_all: bool) -> None:
             wanted=f"{record.bytes} bytes",
             way_out=_WAY_OUT,
         )
-    if read_all and (found := file_sha256(path)) != record.sha256:
+    if read_all and (found := sha256(path)) != record.sha256:
         raise InputError(
             f"altered shard {path}",
             got=f"sha256 {found[:12]}",
             wanted=record.sha256[:12],
             way_out=_WAY_OUT,
         )
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shard_record(tree: dict[str, Any]) -> ShardRecord:

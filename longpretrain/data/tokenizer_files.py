@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longpretrain.errors import InputError
+from longpretrain.files import write_atomically
 
 # Every file that a Hugging Face tokenizer may keep beside tokenizer.json.
 _COPIED = (
@@ -164,10 +164,10 @@ def write_byte_bpe(
         **names,
         **({"additional_special_tokens": extra} if extra else {}),
     }
-    _write_text(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
+    write_atomically(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges), ""]
-    _write_text(folder / "merges.txt", "\n".join(lines))
-    _write_text(folder / "tokenizer.json", whole.to_str())
+    write_atomically(folder / "merges.txt", "\n".join(lines))
+    write_atomically(folder / "tokenizer.json", whole.to_str())
     _write_json(
         folder / "special_tokens_map.json", roles.config | {"mask_token": added[roles.mask]}
     )
@@ -256,13 +256,4 @@ def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
 
 
 def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    _write_text(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.part")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomically(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
