@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from types import FrameType
+from typing import NoReturn, TypeAlias
 
 from longpretrain.errors import InputError
 
@@ -31,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(rest)}; see longpretrain {options.verb} --help")
     options.overrides = [*getattr(options, "overrides", ()), *rest]
     run: Callable[[argparse.Namespace], int] = options.run
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         return run(options)
     except InputError as error:
@@ -41,6 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"longpretrain {options.verb}: interrupted", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """Slurm and `timeout` send SIGTERM: leave through the verbs' clean-up, not at once."""
+    raise SystemExit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -139,11 +139,25 @@ def _prepare(
     task = MaskedLMTask(config, folder)
     if resume_from:
         checkpoint.verify_files(resume_from, ranks.rank, ranks.world_size)
+        _check_same_corpus(resume_from, task)
     elif ranks.is_first:  # once per run: reading every shard takes a while
-        open_corpus(config, "train", verify="sha256")
+        for split in ("train", "valid") if config.data.valid else ("train",):
+            open_corpus(config, split, verify="sha256")
     has_evaluation = config.data.valid and config.evaluate.every_steps and config.evaluate.batches
     evaluate = _evaluator(config, ranks, device, task) if has_evaluation else None
     return task, task.build_model(folder), evaluate
+
+
+def _check_same_corpus(resume_from: Path, task: MaskedLMTask) -> None:
+    """Refuses to go on with other data: the cursor counts samples of the corpus it started on."""
+    stored = checkpoint.read_state(resume_from)["task"]
+    if stored != task.identity():
+        raise InputError(
+            "corpus of the run",
+            got=f"data.train with fingerprint {task.corpus.fingerprint[:16]}",
+            wanted=f"{stored['corpus'][:16]}, the one that {resume_from} was trained on",
+            way_out="Give data.train=DIR of that corpus, or start anew with --fresh.",
+        )
 
 
 def _evaluator(config: Config, ranks: Ranks, device: torch.device, task: MaskedLMTask) -> Evaluate:

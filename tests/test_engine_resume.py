@@ -137,6 +137,19 @@ def test_frozen_global_projections_follow_the_local_ones(runs: Path) -> None:
     assert trained[f"{twin}.exp_avg"].abs().max() > 0
 
 
+def test_another_corpus_is_refused(runs: Path, small_run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(runs / "fp32-whole", tmp_path / "other")
+    more = ["schedule.total_steps=9", f"data.train={small_run / 'data' / 'valid'}"]
+    config = tmp_path / "other" / "config.yaml"
+    config.write_text(config.read_text().replace(f"total_steps: {STEPS}", "total_steps: 9"))
+    command = train(tmp_path, small_run / "recipe.yaml", "other", *more)
+    finished = drive(tmp_path / "drive", 1, [command])
+    assert finished.exit_codes == [2]
+    assert "corpus of the run: got data.train with fingerprint" in finished.output
+
+
 def test_altered_checkpoint_is_refused(runs: Path, small_run: Path, tmp_path: Path) -> None:
     import shutil
 

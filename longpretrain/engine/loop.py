@@ -45,7 +45,7 @@ class Outcome:
 
 @dataclass
 class _Progress:
-    """What a checkpoint must hold beside tensors; plain numbers."""
+    """What a checkpoint must hold beside tensors: plain data."""
 
     step: int = 0
     samples_done: int = 0
@@ -294,6 +294,7 @@ def _save(
         "updates_applied": engine.updates_applied,
         "global_tokens": config.model.global_tokens,
         "world_size": dist.get_world_size(),
+        "task": task.identity(),
         "recipe": to_tree(config),
     }
     metrics.sync()

@@ -47,6 +47,10 @@ class Task(Protocol):
         """The pass over the corpus that sample ``number`` belongs to, from 0."""
         ...
 
+    def identity(self) -> dict[str, str]:
+        """What must not change while a run goes on, such as the corpus; kept in checkpoints."""
+        ...
+
     def stored_names(self, parameter: str) -> tuple[str, ...]:
         """Names under which a checkpoint stores a trained parameter; the first one is read back."""
         ...

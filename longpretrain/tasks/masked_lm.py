@@ -125,6 +125,13 @@ class MaskedLMTask:
                 way_out="Lengthen the model: longpretrain convert "
                 f"{folder} DST --positions {length}.",
             )
+        if self.tokenizer.vocab_size > self.model_config.vocab_size:
+            raise InputError(
+                f"tokenizer of {folder}",
+                got=f"{self.tokenizer.vocab_size} ids",
+                wanted=f"at most {self.model_config.vocab_size}, the model's word embeddings",
+                way_out="Put the tokenizer there that the model was trained with.",
+            )
         if self._has_global and self.model_config.model_type == "roberta":
             raise InputError(
                 "recipe key model.global_tokens",
@@ -226,6 +233,10 @@ class MaskedLMTask:
             dropout_seed_B=batch["dropout_seed_B"],
         )
         return F.cross_entropy(logits_MV.float(), batch["targets_M"], reduction="sum")
+
+    def identity(self) -> dict[str, str]:
+        """The corpus and the tokenizer of the run, by fingerprint."""
+        return {"corpus": self.corpus.fingerprint, "tokenizer": self.tokenizer.fingerprint}
 
     def stored_names(self, parameter: str) -> tuple[str, ...]:
         """Names of a trained parameter in a model folder.
