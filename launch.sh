@@ -17,8 +17,10 @@ gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
 LAUNCHER=${LAUNCHER:-$([[ -n ${SLURM_JOB_ID:-} ]] && echo srun || echo deepspeed)}
 [[ $LAUNCHER != srun ]] || RANKS=${RANKS:-${SLURM_NTASKS:-1}}
 RANKS=${RANKS:-$((gpus > 0 ? gpus : 1))}
+[[ $RANKS =~ ^[1-9][0-9]*$ ]] || { echo "launch.sh: RANKS: got $RANKS; wanted 1 or more. Set it, or leave it out." >&2; exit 2; }
 export LONGPRETRAIN_WORLD_SIZE=$RANKS
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > RANKS ? $(nproc) / RANKS : 1))}
+threads=${SLURM_CPUS_PER_TASK:-$(($(nproc) > RANKS ? $(nproc) / RANKS : 1))}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 port=${MASTER_PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 case $LAUNCHER in
     deepspeed) start=(deepspeed --quiet --num_accelerators "$RANKS" --master_port "$port" "$here/launch.sh") ;;
@@ -33,16 +35,17 @@ if [[ " $* " == *" --dry-run "* ]]; then
 fi
 python -m longpretrain train --check "$@" || exit
 
-# The deepspeed launcher dies of USR1 and kills its ranks at TERM: there, what asks to stop goes to the
+# deepspeed and torchrun die of USR1 and kill their ranks at TERM: there, what asks to stop goes to the
 # ranks alone, which then leave a checkpoint. All of them are in a process group of their own.
 set -m
 "${start[@]}" "$@" &
 group=$!
+rank="-u ${here//[^[:alnum:]\/_-]/.}/launch\.sh"
 # shellcheck disable=SC2329  # the traps call it
 stop() {
     case $LAUNCHER in
-        deepspeed) pkill "-$1" -g "$group" -f -- "-u $here/launch.sh" || true ;;
-        torchrun) kill -TERM "$group" ;;
+        deepspeed) pkill "-$1" -g "$group" -f -- "$rank" || kill -TERM -- "-$group" ;;
+        torchrun) pkill "-$1" -P "$group" -f -- "$rank" || kill -TERM "$group" ;;
         *) kill "-$1" "$group" ;;
     esac
 }

@@ -1,1 +1,3 @@
 """Longformer pretraining: long attention, exact distributed training, conversion."""
+
+__version__ = "0.1.0"

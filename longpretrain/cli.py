@@ -18,7 +18,7 @@ from typing import NoReturn, TypeAlias
 from longpretrain.errors import InputError
 
 BAD_INPUT = 2
-INTERRUPTED = 130
+INTERRUPTED = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -234,9 +234,9 @@ def _train(options: argparse.Namespace) -> int:
     from longpretrain import training
 
     if options.check:
-        from longpretrain.ranks import EXPECTED_WORLD_SIZE
+        from longpretrain.ranks import expected_world_size
 
-        training.check(config, int(os.environ.get(EXPECTED_WORLD_SIZE, "1")), fresh=options.fresh)
+        training.check(config, expected_world_size(os.environ) or 1, fresh=options.fresh)
         return 0
     return training.run_rank(config, fresh=options.fresh)
 

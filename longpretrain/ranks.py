@@ -53,8 +53,8 @@ def discover(environment: Mapping[str, str] | None = None) -> Ranks:
     """
     env = os.environ if environment is None else environment
     ranks = _discover(env)
-    expected = env.get(EXPECTED_WORLD_SIZE)
-    if expected is not None and int(expected) != ranks.world_size:
+    expected = expected_world_size(env)
+    if expected not in (None, ranks.world_size):
         raise InputError(
             "world size",
             got=f"{ranks.world_size} from {ranks.launcher}",
@@ -62,6 +62,18 @@ def discover(environment: Mapping[str, str] | None = None) -> Ranks:
             way_out=f"Start {expected} ranks, or unset {EXPECTED_WORLD_SIZE}.",
         )
     return ranks
+
+
+def expected_world_size(environment: Mapping[str, str]) -> int | None:
+    """How many ranks launch.sh announced; None when it did not start us."""
+    if EXPECTED_WORLD_SIZE not in environment:
+        return None
+    expected = _number(environment, EXPECTED_WORLD_SIZE)
+    if expected < 1:
+        raise InputError(
+            "RANKS", got=expected, wanted="1 or more", way_out="Set RANKS, or leave it out."
+        )
+    return expected
 
 
 def publish(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
@@ -139,7 +151,14 @@ def _first_host(nodes: str) -> str:
         )
         host = listing.stdout.split()[0]
         return socket.gethostbyname(host)
-    except (OSError, subprocess.SubprocessError, IndexError):
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        if "," in nodes or "[" in nodes:
+            raise InputError(
+                "address of rank 0",
+                got=f"no answer for the nodes {nodes} ({error})",
+                wanted="the address of the first one",
+                way_out="Set MASTER_ADDR in slurm/env.sh.",
+            ) from error
         # Node names of a cluster on one host do not resolve, and then loopback is right.
         return "127.0.0.1"
 

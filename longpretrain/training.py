@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from longpretrain.attention import why_not
 from longpretrain.config import Config
 from longpretrain.engine import checkpoint, run_folder, zero
-from longpretrain.engine.loop import Evaluate, Outcome, accumulation_steps, train
+from longpretrain.engine.loop import Evaluate, accumulation_steps, train
+from longpretrain.engine.signals import StopRequest
 from longpretrain.engine.zero import ZeroEngine
 from longpretrain.errors import InputError
 from longpretrain.evaluate.held_out import HeldOut, score
@@ -37,6 +40,22 @@ def check(config: Config, world_size: int, *, fresh: bool) -> None:
     Raises:
         InputError: recipe, model folder, corpora, batch, ds_configs or run folder do not fit.
     """
+    device = pick_device(config.run.device, 0)
+    folder, _ = _check_settings(config, world_size, device, fresh=fresh)
+    task = MaskedLMTask(config, folder)
+    if config.data.valid:
+        open_corpus(config, "valid").require_tokenizer(
+            task.tokenizer.fingerprint, owner=f"model {folder}"
+        )
+    task.check_weights(folder)
+
+
+def _check_settings(
+    config: Config, world_size: int, device: torch.device, *, fresh: bool
+) -> tuple[Path, Path | None]:
+    """What needs no model; returns the folder of the weights to start from, twice if it is a
+    checkpoint of this run.
+    """
     if not config.model.path:
         raise InputError(
             "recipe key model.path",
@@ -44,19 +63,19 @@ def check(config: Config, world_size: int, *, fresh: bool) -> None:
             wanted="a model folder",
             way_out="Say model.path=FOLDER (Hugging Face RoBERTa or Longformer).",
         )
-    device = pick_device(config.run.device, 0)
     accumulation_steps(config, world_size)
     zero.check_precision(config, device)
-    if not fresh:
-        run_folder.check_same_recipe(config)
-    resume_from = None if fresh else checkpoint.latest(config.run_dir)
-    folder = resume_from or Path(config.model.path)
-    task = MaskedLMTask(config, folder)
-    if config.data.valid:
-        open_corpus(config, "valid").require_tokenizer(
-            task.tokenizer.fingerprint, owner=f"model {folder}"
+    reason = why_not(config.model.attention_backend)
+    if reason:
+        raise InputError(
+            "recipe key model.attention_backend",
+            got=f"{config.model.attention_backend}, but {reason}",
+            wanted="a backend that can run here",
+            way_out="Leave it at auto.",
         )
-    task.check_weights(folder)
+    run_folder.check_run_dir(config, fresh=fresh)
+    resume_from = None if fresh else checkpoint.latest(config.run_dir)
+    return resume_from or Path(config.model.path), resume_from
 
 
 def pick_device(wanted: str, local_rank: int) -> torch.device:
@@ -71,70 +90,104 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
         )
     if wanted == "cpu" or not has_gpu:
         return torch.device("cpu")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    index = local_rank % torch.cuda.device_count()  # a launcher may show each rank one GPU only
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def run_rank(config: Config, *, fresh: bool) -> int:
-    """Runs one rank to the end and returns its exit code; rank 0 leaves status.json."""
+    """Runs one rank to the end and returns its exit code; rank 0 leaves status.json.
+
+    From the first moment a signal only asks to stop: the run ends with a checkpoint.
+    """
     ranks = discover()
     device = pick_device(config.run.device, ranks.local_rank)
-    zero.check_precision(config, device)
-    zero.start_ranks(ranks, device)
-    try:
-        return _run_joined(config, ranks, device, fresh=fresh)
-    finally:
+    with StopRequest() as stop:
+        zero.start_ranks(ranks, device)
+        code = _run_joined(config, ranks, device, stop, fresh=fresh)
+        # After an error the group is left to the launcher: leaving it could wait for lost peers.
         zero.stop_ranks()
+    return code
 
 
-def _run_joined(config: Config, ranks: Ranks, device: torch.device, *, fresh: bool) -> int:
-    resume_from = None if fresh else checkpoint.latest(config.run_dir)
-    folder = resume_from or Path(config.model.path)
-
-    def prepare() -> tuple[MaskedLMTask, Any, Evaluate | None]:
-        if not fresh:
-            run_folder.check_same_recipe(config)
+def _run_joined(
+    config: Config, ranks: Ranks, device: torch.device, stop: StopRequest, *, fresh: bool
+) -> int:
+    def prepare() -> _Ready:
+        folder, resume_from = _check_settings(config, ranks.world_size, device, fresh=fresh)
         return _prepare(config, ranks, device, folder, resume_from)
 
     ready = _agree(ranks, prepare)
     if isinstance(ready, _Refused):
         return BAD_INPUT
-    if resume_from and checkpoint.read_state(resume_from)["step"] >= config.schedule.total_steps:
-        if ranks.is_first:
-            print(f"{config.run_dir} is done, all {config.schedule.total_steps} updates")
+    if ready.resume_from and _is_done(config, ranks, ready.resume_from):
         return DONE
-    if ranks.is_first:
-        _open(config, fresh=fresh)
-    dist.barrier()
-    task, model, evaluate = ready
-    with (
-        _metrics(config, ranks, device, task.model_config, resume_from) as log,
-        _status(config, ranks) as status,
-    ):
-        _announce(log, config, ranks, task, folder, resume_from=resume_from)
+    with contextlib.ExitStack() as held:
+
+        def open_folder() -> journal.MetricsLog:
+            if ranks.is_first:
+                _open(config, held, fresh=fresh)
+            return _metrics(config, ranks, device, ready.task.model_config, ready.resume_from)
+
+        log = _agree(ranks, open_folder)
+        if isinstance(log, _Refused):
+            return BAD_INPUT
+        end = held.enter_context(run_folder.status(config, ranks))
+        held.enter_context(log)
+        _announce(log, config, ranks, device, ready)
         outcome = train(
             config,
-            task,
-            model,
+            ready.task,
+            ready.model,
             ranks,
             device,
             metrics=log,
-            resume_from=resume_from,
-            evaluate=evaluate,
+            stop=stop,
+            resume_from=ready.resume_from,
+            evaluate=ready.evaluate,
         )
-        status(outcome)
+        end(outcome.state, outcome.reason, outcome.step)
     return DONE if outcome.state == "done" else PREEMPTED
 
 
-def _open(config: Config, *, fresh: bool) -> None:
+def _is_done(config: Config, ranks: Ranks, checkpoint_folder: Path) -> bool:
+    """Whether the last update is in a checkpoint already; then status.json says so too."""
+    step, total = checkpoint.read_state(checkpoint_folder)["step"], config.schedule.total_steps
+    if step < total:
+        return False
+    if ranks.is_first:
+        if run_folder.read_status(config.run_dir).get("state") != "done":
+            reason = f"all {total} updates"
+            run_folder.write_status(config.run_dir, "done", reason=reason, step=step)
+        print(f"{config.run_dir} is done, all {total} updates", flush=True)
+    return True
+
+
+def _open(config: Config, held: contextlib.ExitStack, *, fresh: bool) -> None:
+    existed = config.run_dir.exists()
+    if existed:
+        held.enter_context(run_folder.only_writer(config.run_dir))
     moved = run_folder.open_run(config, fresh=fresh)
+    if moved or not existed:
+        held.enter_context(run_folder.only_writer(config.run_dir))
     if moved:
-        print(f"--fresh: the old run was moved to {moved}")
+        print(f"--fresh: the old run was moved to {moved}", flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ready:
+    """What a rank trains with, all of it checked."""
+
+    task: MaskedLMTask
+    model: torch.nn.Module
+    evaluate: Evaluate | None
+    folder: Path
+    resume_from: Path | None
 
 
 def _prepare(
     config: Config, ranks: Ranks, device: torch.device, folder: Path, resume_from: Path | None
-) -> tuple[MaskedLMTask, Any, Evaluate | None]:
+) -> _Ready:
     """Everything that an input can spoil, before anything is written."""
     task = MaskedLMTask(config, folder)
     if resume_from:
@@ -145,7 +198,13 @@ def _prepare(
             open_corpus(config, split, verify="sha256")
     has_evaluation = config.data.valid and config.evaluate.every_steps and config.evaluate.batches
     evaluate = _evaluator(config, ranks, device, task) if has_evaluation else None
-    return task, task.build_model(folder), evaluate
+    return _Ready(
+        task=task,
+        model=task.build_model(folder),
+        evaluate=evaluate,
+        folder=folder,
+        resume_from=resume_from,
+    )
 
 
 def _check_same_corpus(resume_from: Path, task: MaskedLMTask) -> None:
@@ -215,25 +274,19 @@ def _metrics(
 
 
 def _announce(
-    log: journal.MetricsLog,
-    config: Config,
-    ranks: Ranks,
-    task: MaskedLMTask,
-    folder: Path,
-    *,
-    resume_from: Path | None,
+    log: journal.MetricsLog, config: Config, ranks: Ranks, device: torch.device, ready: _Ready
 ) -> None:
     """One line and one event: what runs, on what, on which data."""
-    step = checkpoint.read_state(resume_from)["step"] if resume_from else 0
+    step = checkpoint.read_state(ready.resume_from)["step"] if ready.resume_from else 0
     sequences, length = config.batch.global_sequences, config.data.max_tokens
+    task = ready.task
     event = (
-        f"{'resumed' if resume_from else 'started'}: {folder}, step {step} of "
+        f"{'resumed' if ready.resume_from else 'started'}: {ready.folder}, step {step} of "
         f"{config.schedule.total_steps}; {ranks.world_size} ranks by {ranks.launcher}, "
         f"{config.precision}, {config.zero.config}; {sequences} x {length} = "
         f"{sequences * length:,} tokens per update; corpus {task.corpus.num_tokens:,} tokens, "
         f"{len(task.blocks):,} sequences"
     )
-    device = pick_device(config.run.device, ranks.local_rank)
     log.report(
         {
             "kind": "event",
@@ -244,35 +297,6 @@ def _announce(
             "versions": checkpoint.versions(),
         }
     )
-
-
-@contextlib.contextmanager
-def _status(config: Config, ranks: Ranks) -> Iterator[Callable[[Outcome], None]]:
-    """Keeps status.json true: running, then how it ended. A rank that fails says so itself."""
-    run_dir = config.run_dir
-    before = checkpoint.latest(run_dir)
-    step = checkpoint.read_state(before)["step"] if before else 0
-    if ranks.is_first:
-        run_folder.write_status(run_dir, "running", reason=ranks.launcher, step=step)
-
-    def ended(outcome: Outcome) -> None:
-        dist.barrier()
-        if ranks.is_first:
-            state: run_folder.State = "done" if outcome.state == "done" else "preempted"
-            run_folder.write_status(run_dir, state, reason=outcome.reason, step=outcome.step)
-            print(
-                f"{state}: {outcome.reason}, at step {outcome.step}; {run_dir}/{run_folder.STATUS}"
-            )
-        dist.barrier()
-
-    try:
-        yield ended
-    except BaseException as error:
-        kept = checkpoint.latest(run_dir)
-        kept_step = checkpoint.read_state(kept)["step"] if kept else 0
-        reason = f"rank {ranks.rank}: {type(error).__name__}: {error}"
-        run_folder.write_status(run_dir, "failed", reason=reason, step=kept_step)
-        raise
 
 
 class _Refused:

@@ -4,4 +4,4 @@
 
 # module load cuda/13.0                    # if your cluster has modules
 # export NCCL_SOCKET_IFNAME=ib0            # the fast network's interface, if NCCL picks another
-export NCCL_ASYNC_ERROR_HANDLING=1         # a dead peer ends the job instead of hanging it
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}   # srun does not take it from sbatch by itself

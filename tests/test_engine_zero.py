@@ -16,6 +16,7 @@ from longpretrain.errors import InputError
 from longpretrain.recipe import from_tree
 
 pytestmark = pytest.mark.usefixtures("process_group")
+DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 PAIRS = [(p, s) for p in ("fp32", "bf16") for s in (0, 1, 2, 3) if (p, s) != ("bf16", 0)]
 
 
@@ -104,13 +105,36 @@ def test_first_update_is_torch_adamw(precision: str, stage: int) -> None:
         lr=0.1, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1,
     )  # fmt: skip
     (2 * plain(torch.ones(2, 8))).backward()
+    norm = nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
     adam.step()
-    update(engine)
+    result = update(engine)
+    # Adam's first update does not know the gradient's scale; its norm does.
+    assert result.grad_norm == pytest.approx(float(norm), rel=1e-5 if precision == "fp32" else 1e-2)
     got, wanted = weights(engine), dict(plain.named_parameters())
     # Adam's first update is lr * sign(gradient): bf16 gradients round, their signs do not.
     tolerance = 1e-6 if precision == "fp32" else 2e-3
     for name, value in got.items():
         torch.testing.assert_close(value, wanted[name].detach(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_clipping_is_torchs(stage: int) -> None:
+    """Two updates, the first one clipped: the moments hold the clipped gradient."""
+    engine = start("fp32", stage, clip_norm=0.5, lr=1e-3)
+    torch.manual_seed(0)
+    plain = Small()
+    parameters = [p for p in plain.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
+    for _ in range(2):
+        adam.zero_grad()
+        (2 * plain(torch.ones(2, 8))).backward()
+        norm = nn.utils.clip_grad_norm_(parameters, 0.5)
+        adam.step()
+        assert update(engine).grad_norm == pytest.approx(float(norm), rel=1e-5)
+    wanted = dict(plain.named_parameters())
+    for name in engine.trained_names:
+        moment = adam.state[wanted[name]]["exp_avg"]
+        torch.testing.assert_close(engine.full_state(name, "exp_avg"), moment, atol=1e-6, rtol=1e-4)
 
 
 def test_frozen_parameters_are_not_decayed() -> None:
@@ -165,7 +189,7 @@ def test_broken_ds_configs_are_refused(tmp_path: Path) -> None:
         zero.read_zero_config("no-such.json")
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in Path("ds_configs").glob("*.json")))
+@pytest.mark.parametrize("name", sorted(p.name for p in DS_CONFIGS.glob("*.json")))
 def test_shipped_ds_configs_are_read(name: str) -> None:
     assert zero.read_zero_config(f"ds_configs/{name}")["zero_optimization"]["stage"] in (0, 1, 2, 3)
 

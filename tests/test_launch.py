@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,75 @@ def test_unknown_launcher_is_refused(words: list[str]) -> None:
     finished = run([str(LAUNCH), *words], LAUNCHER="ssh")
     assert finished.returncode == 2
     assert "got ssh; wanted deepspeed, torchrun, mpirun or srun" in finished.stderr
+
+
+def test_wrong_ranks_are_refused(words: list[str]) -> None:
+    finished = run([str(LAUNCH), *words], RANKS="two")
+    assert finished.returncode == 2
+    assert "RANKS: got two; wanted 1 or more" in finished.stderr
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """Runs slurm/pretrain.sbatch in a folder with a launch.sh and a scontrol that only take
+    notes."""
+    import shutil
+    import sys
+
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    notes = tmp_path / "notes"
+
+    def submit(state: str | None, *words: str, restarts: int = 0) -> tuple[int, str]:
+        notes.write_text("")
+        writes = f'mkdir -p run; echo \'{{\n "state": "{state}"}}\' > run/status.json'
+        for path, text in (
+            ("launch.sh", f'echo "launch $*" >> notes; {writes if state else "exit 2"}'),
+            (".venv/bin/scontrol", f'echo "scontrol $*" >> {notes}'),
+        ):
+            (tmp_path / path).write_text(f"#!/bin/bash\n{text}\n")
+            (tmp_path / path).chmod(0o755)
+        time.sleep(0.02)  # file times are compared
+        finished = subprocess.run(
+            ["bash", "slurm/pretrain.sbatch", "demo", f"run.dir={tmp_path / 'run'}", *words],
+            check=False,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=rank_environment()
+            | {
+                "SLURM_SUBMIT_DIR": str(tmp_path),
+                "SLURM_JOB_ID": "7",
+                "SLURM_RESTART_COUNT": str(restarts),
+            },
+        )
+        return finished.returncode, notes.read_text() + finished.stderr
+
+    return submit
+
+
+def test_sbatch_requeues_what_this_attempt_left_preempted(
+    batch: Callable[..., tuple[int, str]],
+) -> None:
+    code, notes = batch("preempted", "--fresh")
+    assert code == 0
+    assert "--fresh" in notes
+    assert "scontrol requeue 7" in notes
+    code, notes = batch("done", "--fresh", restarts=1)
+    assert code == 0
+    assert "--fresh" not in notes  # a requeued job goes on
+    assert "requeue" not in notes
+
+
+def test_sbatch_does_not_requeue_a_broken_run_for_ever(
+    batch: Callable[..., tuple[int, str]],
+) -> None:
+    batch("preempted")
+    code, notes = batch(None, restarts=1)  # refused before ranks ran: the old status stands
+    assert code == 2
+    assert "requeue" not in notes
 
 
 def test_sbatch_script_reads_the_cluster_facts() -> None:

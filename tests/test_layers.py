@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "engine": {"config", "recipe", "schedule", "ranks", "report"},
     "convert": {"config", "model", "data"},
     "evaluate": {"config", "model", "data"},
-    "training": {"config", "ranks", "engine", "report", "tasks", "data", "model", "evaluate"},
+    "training": {"attention", "config", "ranks", "engine", "report", "tasks", "evaluate"}
+    | {"data", "model"},
     "demo": {"recipe", "report", "evaluate", "data", "model"},
     "cli": {"config", "recipe", "ranks", "convert", "data", "evaluate", "report", "training"},
     "__main__": {"cli"},

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
+import longpretrain
 from longpretrain.engine.task import Task
 from longpretrain.engine.zero import MOMENTS, ZeroEngine
 from longpretrain.errors import InputError
@@ -29,7 +30,7 @@ from longpretrain.files import save_tensors, sha256, sync, write_atomically
 FORMAT = 1
 STATE = "state.json"
 LATEST = "latest"
-_VERSIONS = ("longpretrain", "torch", "deepspeed", "numpy", "safetensors")
+_VERSIONS = ("torch", "deepspeed", "numpy", "safetensors")
 
 
 def save(
@@ -67,7 +68,7 @@ def save(
         part.rename(final)
         sync(final.parent)
         write_atomically(final.parent / LATEST, final.name + "\n")
-        _remove_old(final.parent, keep)
+        _remove_old(final.parent, state["step"], keep)
     dist.barrier()
     return final
 
@@ -90,11 +91,20 @@ def latest(run_dir: Path) -> Path | None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint."""
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    if state.get("format") != FORMAT:
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        found = state.get("format")
+    except (OSError, ValueError, AttributeError) as error:
         raise InputError(
             f"{folder / STATE}",
-            got=f"format {state.get('format')}",
+            got=error,
+            wanted="a checkpoint's state",
+            way_out="The checkpoint is damaged: point checkpoints/latest at an older step folder.",
+        ) from error
+    if found != FORMAT:
+        raise InputError(
+            f"{folder / STATE}",
+            got=f"format {found}",
             wanted=f"format {FORMAT}",
             way_out="It was written by another version of longpretrain: use that one.",
         )
@@ -178,10 +188,20 @@ def _file_name(kind: str, rank: int, ranks: int) -> str:
     return f"{kind}{shard}.safetensors"
 
 
-def _remove_old(folder: Path, keep: int) -> None:
-    steps = sorted(folder.glob("step-*"))
-    for old in steps[:-keep] if keep else []:
-        shutil.rmtree(old)
+def _remove_old(folder: Path, current: int, keep: int) -> None:
+    """Leaves the newest ``keep`` checkpoints up to ``current``, which is the latest.
+
+    Those of later steps are of a time line that was left (someone pointed ``latest`` back, or a
+    crash came before it moved), and what a killed save left goes too.
+    """
+    steps = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-*")}
+    kept = sorted(step for step in steps if step <= current)
+    if keep:
+        kept = kept[-keep:]
+    for leftover in [steps[step] for step in steps if step not in kept]:
+        shutil.rmtree(leftover)
+    for part in folder.glob(".step-*.part"):
+        shutil.rmtree(part)
 
 
 class _MomentFiles:
@@ -210,4 +230,5 @@ class _MomentFiles:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that decide a run's numbers."""
-    return {name: importlib.metadata.version(name) for name in _VERSIONS}
+    found = {name: importlib.metadata.version(name) for name in _VERSIONS}
+    return {"longpretrain": longpretrain.__version__, **found}

@@ -8,11 +8,13 @@ on how the batch was cut into ranks and micro-batches.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -38,7 +40,7 @@ Evaluate = Callable[[ZeroEngine], tuple[float, int]]
 class Outcome:
     """How a run ended: ``state`` is done or preempted."""
 
-    state: str
+    state: Literal["done", "preempted"]
     reason: str
     step: int
 
@@ -99,6 +101,7 @@ def train(
     device: torch.device,
     *,
     metrics: MetricsLog,
+    stop: StopRequest,
     resume_from: Path | None = None,
     evaluate: Evaluate | None = None,
 ) -> Outcome:
@@ -113,6 +116,7 @@ def train(
         ranks: this process's place.
         device: where the model runs.
         metrics: the journal; writes on rank 0 only.
+        stop: the signals so far; the ranks agree on it at the end of every update.
         resume_from: the checkpoint that the weights are of; None starts at step 0.
         evaluate: scores held-out data every ``evaluate.every_steps`` updates.
 
@@ -125,7 +129,7 @@ def train(
     total = config.schedule.total_steps
     saved_step, saved_at = progress.step, time.monotonic()
     skipped_in_a_row = 0
-    with StopRequest() as stop, _Prefetch(config, task, ranks, accumulation) as batches:
+    with _Prefetch(config, task, ranks, accumulation) as batches:
         while progress.step < total:
             step = progress.step + 1
             started = time.monotonic()
@@ -134,7 +138,7 @@ def train(
             _seed_dropout(config.run.seed, step, ranks.rank)
             rate = learning_rate(step, config.optim.lr, config.schedule)
             engine.set_learning_rate(rate)
-            update = _update(engine, task, micro_batches, device, stop_asked=stop.asked)
+            update = _update(engine, task, micro_batches, device, stop)
             progress.advance(config, applied=update.result.applied)
             measured = {"step_s": time.monotonic() - started, "data_wait_s": waited_s}
             _log_update(metrics, task, progress, update, measured | {"lr": rate})
@@ -181,19 +185,17 @@ def _update(
     task: Task,
     micro_batches: list[Batch],
     device: torch.device,
-    *,
-    stop_asked: bool,
+    stop: StopRequest,
 ) -> _Update:
     """One update over all micro-batches of all ranks."""
-    sums = _sum_over_ranks(
-        {
-            "count": sum(task.count(batch) for batch in micro_batches),
-            "tokens": sum(task.tokens(batch) for batch in micro_batches),
-            "stop": float(stop_asked),
-        },
+    count, tokens = _sum_over_ranks(
+        [
+            sum(task.count(batch) for batch in micro_batches),
+            sum(task.tokens(batch) for batch in micro_batches),
+        ],
         device,
     )
-    count = max(sums["count"], 1.0)
+    count = max(count, 1.0)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for number, batch in enumerate(micro_batches, start=1):
         loss = task.loss(engine, {key: value.to(device) for key, value in batch.items()})
@@ -202,27 +204,28 @@ def _update(
         if number < len(micro_batches):
             engine.micro_step()
     result = engine.step()
-    dist.all_reduce(loss_sum)
+    nats, stops = _sum_over_ranks([float(loss_sum), float(stop.asked)], device)
     return _Update(
-        loss=float(loss_sum) / count,
+        loss=nats / count,
         result=result,
-        masked_tokens=int(sums["count"]),
-        tokens=int(sums["tokens"]),
-        stop_asked=sums["stop"] > 0,
+        masked_tokens=int(count),
+        tokens=int(tokens),
+        stop_asked=stops > 0,
     )
 
 
-def _sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    vector = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+def _sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    vector = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(vector)
-    return dict(zip(values, vector.tolist(), strict=True))
+    return [float(value) for value in vector.tolist()]
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
     """Hidden dropout draws from torch's generator: the same numbers whether a run was resumed or
     not.
     """
-    torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + rank)
+    digest = hashlib.sha256(f"dropout {seed} {step} {rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _checkpoint_due(config: Config, step: int, saved_at: float) -> bool:

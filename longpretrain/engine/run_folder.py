@@ -1,23 +1,28 @@
-"""The run folder: which run it belongs to, how the run stands, and moving it aside for a fresh
-one.
-"""
+"""The run folder: which run it belongs to, who writes it, and how the run stands."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.distributed as dist
 import yaml
 
 from longpretrain.config import Config, differences, to_tree
+from longpretrain.engine import checkpoint
 from longpretrain.errors import InputError
 from longpretrain.files import write_atomically
+from longpretrain.ranks import Ranks
 from longpretrain.recipe import from_tree
 
 CONFIG = "config.yaml"
 STATUS = "status.json"
+LOCK = ".lock"
 State = Literal["running", "done", "preempted", "failed"]
 
 
@@ -33,16 +38,53 @@ def write_status(run_dir: Path, state: State, *, reason: str, step: int) -> None
     write_atomically(run_dir / STATUS, json.dumps(status, indent=1) + "\n")
 
 
-def check_same_recipe(config: Config) -> None:
-    """Refuses a run folder that belongs to another recipe.
+def check_run_dir(config: Config, *, fresh: bool) -> None:
+    """Refuses a run folder that is not this run's to write to, or to move aside.
 
     Raises:
-        InputError: names the keys that differ.
+        InputError: a file, a folder of something else, or a run of another recipe (names the keys
+            that differ) that has a checkpoint; with ``fresh``, a folder that holds this run's own
+            inputs.
     """
+    run_dir = config.run_dir
+    is_run = (run_dir / CONFIG).is_file()
+    if run_dir.exists() and not is_run and (run_dir.is_file() or any(run_dir.iterdir())):
+        raise InputError(
+            f"run folder {run_dir}",
+            got="something that is no run",
+            wanted="a run folder or a new one",
+            way_out="Give another run.dir.",
+        )
+    if fresh:
+        _check_movable(config)
+    elif is_run and checkpoint.latest(run_dir):
+        _check_same_recipe(config)
+
+
+def _check_movable(config: Config) -> None:
+    run_dir = config.run_dir.resolve()
+    for key, value in (
+        ("model.path", config.model.path),
+        ("data.train", config.data.train),
+        ("data.valid", config.data.valid),
+    ):
+        if value and run_dir.exists() and Path(value).resolve().is_relative_to(run_dir):
+            raise InputError(
+                f"recipe key {key}",
+                got=f"{value}, inside the run folder that --fresh would move",
+                wanted="inputs outside of the run folder",
+                way_out="Move them, or give another run.dir.",
+            )
+
+
+def _check_same_recipe(config: Config) -> None:
     path = config.run_dir / CONFIG
-    if not path.is_file():
-        return
-    stored = from_tree(yaml.safe_load(path.read_text(encoding="utf-8")))
+    try:
+        stored = from_tree(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(
+            str(path), got=error, wanted="the recipe of the run", way_out="Mend it, or use --fresh."
+        ) from error
     found = differences(stored, config)
     if found:
         listed = "; ".join(f"{key} was {old!r} and is now {new!r}" for key, old, new in found[:5])
@@ -56,7 +98,7 @@ def check_same_recipe(config: Config) -> None:
 
 
 def open_run(config: Config, *, fresh: bool) -> Path | None:
-    """Makes or checks the run folder, on rank 0; returns where an old run was moved to, if it was.
+    """Makes the run folder, on rank 0; returns where an old run was moved to, if it was.
 
     With ``fresh`` an old run is renamed, not deleted: it may be weeks of work.
     """
@@ -65,11 +107,68 @@ def open_run(config: Config, *, fresh: bool) -> Path | None:
     if fresh and run_dir.exists():
         moved = _free_name(run_dir)
         run_dir.rename(moved)
-    check_same_recipe(config)
     run_dir.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(to_tree(config), sort_keys=False)
-    write_atomically(run_dir / CONFIG, text)
+    write_atomically(run_dir / CONFIG, yaml.safe_dump(to_tree(config), sort_keys=False))
     return moved
+
+
+@contextlib.contextmanager
+def only_writer(run_dir: Path) -> Iterator[None]:
+    """Holds the run folder's lock while the block runs; the system frees it if the process dies.
+
+    Raises:
+        InputError: another process writes this run.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / LOCK).open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"run folder {run_dir}",
+                got="a run that is going on",
+                wanted="one writer at a time",
+                way_out="Wait for it or stop it, or give another run.dir.",
+            ) from error
+        yield
+
+
+@contextlib.contextmanager
+def status(config: Config, ranks: Ranks) -> Iterator[Callable[[State, str, int], None]]:
+    """Keeps status.json true: running, then how it ended. A rank that fails says so itself.
+
+    Yields a function (state, reason, step) that ends the run: every rank calls it.
+    """
+    run_dir = config.run_dir
+    started = round(time.time(), 3)  # as status.json rounds it
+    if ranks.is_first:
+        write_status(run_dir, "running", reason=ranks.launcher, step=_kept_step(run_dir))
+    has_ended = False
+
+    def ended(state: State, reason: str, step: int) -> None:
+        nonlocal has_ended
+        dist.barrier()  # every rank is through: nothing can fail after this but the launcher
+        has_ended = True
+        if ranks.is_first:
+            write_status(run_dir, state, reason=reason, step=step)
+            print(f"{state}: {reason}, at step {step}; {run_dir / STATUS}", flush=True)
+        dist.barrier()
+
+    try:
+        yield ended
+    except BaseException as error:
+        last = read_status(run_dir)
+        # The first to fail knows why; the others only see that it is gone.
+        is_told = last.get("state") == "failed" and last.get("time", 0) >= started
+        if not has_ended and not is_told:
+            reason = f"rank {ranks.rank}: {type(error).__name__}: {error}"
+            write_status(run_dir, "failed", reason=reason, step=_kept_step(run_dir))
+        raise
+
+
+def _kept_step(run_dir: Path) -> int:
+    kept = checkpoint.latest(run_dir)
+    return int(checkpoint.read_state(kept)["step"]) if kept else 0
 
 
 def _free_name(run_dir: Path) -> Path:

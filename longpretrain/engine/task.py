@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 Batch = dict[str, torch.Tensor]
 """Tensors of one micro-batch, moved to the device by the loop."""
@@ -18,10 +17,6 @@ class Task(Protocol):
     Everything about sample ``number`` follows from the number and the run's seed: never from the
     rank, the worker or the place in the batch. So the cursor of a run is one integer.
     """
-
-    def build_model(self, folder: Path) -> nn.Module:
-        """The model with the weights of a model folder, in fp32 on the CPU."""
-        ...
 
     def sample(self, number: int) -> Any:
         """Sample ``number`` = 0, 1, 2, ... without end."""

@@ -13,6 +13,7 @@ What is ours here and not left to DeepSpeed (0.19.8; each has a test):
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -91,11 +92,8 @@ def read_zero_config(name: str) -> dict[str, Any]:
         raise InputError(
             f"{path}", got=error, wanted="JSON", way_out="Mend the file at that place."
         ) from error
-    stage = (
-        (settings.get("zero_optimization") or {}).get("stage")
-        if isinstance(settings, dict)
-        else None
-    )
+    section = settings.get("zero_optimization") if isinstance(settings, dict) else None
+    stage = section.get("stage") if isinstance(section, dict) else None
     if stage not in (0, 1, 2, 3):
         raise InputError(
             f"{path}: zero_optimization.stage",
@@ -117,10 +115,10 @@ def read_zero_config(name: str) -> dict[str, Any]:
 def check_precision(config: Config, device: torch.device) -> None:
     """Refuses pairs of precision and stage that DeepSpeed cannot run, or runs wrongly."""
     stage = read_zero_config(config.zero.config)["zero_optimization"]["stage"]
-    if stage == 0 and config.precision == "bf16":
+    if stage == 0 and config.precision != "fp32":
         raise InputError(
             "recipe keys precision and zero.config",
-            got="bf16 at ZeRO stage 0",
+            got=f"{config.precision} at ZeRO stage 0",
             wanted="a stage from 1 to 3",
             way_out="Stage 1 on one rank does the same job: zero.config=ds_configs/zero1.json.",
         )
@@ -135,7 +133,8 @@ def check_precision(config: Config, device: torch.device) -> None:
 
 def start_ranks(ranks: Ranks, device: torch.device) -> None:
     """Joins the process group (gloo on CPUs, nccl on GPUs); also for a run of one rank."""
-    publish(ranks, os.environ)
+    local_rank = device.index if device.type == "cuda" else ranks.local_rank
+    publish(dataclasses.replace(ranks, local_rank=local_rank), os.environ)
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     deepspeed = _deepspeed()
