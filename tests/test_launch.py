@@ -209,7 +209,7 @@ def test_sbatch_requeues_what_this_attempt_left_preempted(
     code, notes = batch("done", "--fresh", restarts=1)
     assert code == 0
     assert "--fresh" not in notes  # a requeued job goes on
-    assert "requeue" not in notes
+    assert "scontrol" not in notes
 
 
 def test_sbatch_does_not_requeue_a_broken_run_for_ever(
@@ -218,7 +218,7 @@ def test_sbatch_does_not_requeue_a_broken_run_for_ever(
     batch("preempted")
     code, notes = batch(None, restarts=1)  # refused before ranks ran: the old status stands
     assert code == 2
-    assert "requeue" not in notes
+    assert "scontrol" not in notes
 
 
 def test_sbatch_script_reads_the_cluster_facts() -> None:

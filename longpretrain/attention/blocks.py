@@ -7,9 +7,13 @@ one slice of places. Only the two corners of its scores lie outside the window, 
 there and nowhere else. Global tokens are hidden in the band and come as a second, gathered set of
 keys in the same softmax: each key counts once.
 
-Keys and slots are filled up to whole sixteens with zeros that NOTHING hides. Dropout draws sixteen
-keys at a time, and matrix products of such shapes do not depend on the number of threads (measured
-with MKL in float32; those of odd shapes do).
+The keys of a block, the slots and the numbers of a head are filled up to whole sixteens with zeros,
+hidden by NOTHING where they are keys. Dropout draws sixteen keys at a time, and matrix products of
+such shapes do not depend on the number of threads (measured with MKL in float32; those of odd
+shapes do, and so do those of float64).
+
+Nothing here copies from the host to the device, so that a call can be captured in a CUDA graph:
+numbers reach the device as arguments of kernels (arange, full, masked_fill), never as tensors.
 
 Letters: B batch row, N query, M key, H head, D number of a head, G slot of a global token,
 S stream (batch row x head of one dilation), m and n the queries and keys of one block.
@@ -82,6 +86,10 @@ class _Part(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return self.rows.stop - self.rows.start, self.heads.stop - self.heads.start
 
+    @property
+    def num_streams(self) -> int:
+        return self.streams.stop - self.streams.start
+
 
 @dataclass(frozen=True)
 class _Block:
@@ -94,6 +102,7 @@ class _Block:
     first_key: int
     num_keys: int  # with the fill
     num_real_keys: int
+    num_missing_keys: int  # of the fill: those that the stream has no row for
     left: int  # reach
     right: int
 
@@ -107,7 +116,9 @@ class _Block:
 
     @property
     def keys(self) -> slice:
-        """Masks, which have no fill, give ``num_real_keys`` columns for it."""
+        """Ends where tokens end: ``num_missing_keys`` short for streams, and masks, which have no
+        fill, give ``num_real_keys`` columns.
+        """
         return self.positions(self.first_key, self.num_keys)
 
     def corner_biases(self, like: Tensor) -> list[tuple[slice, Tensor]]:
@@ -139,14 +150,24 @@ class HeadGroup:
     _corners: dict[tuple[int, ...], list[tuple[slice, Tensor]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.head_H = torch.tensor(self.heads, device=self.device)
-        # The tokens of a stream of keys, so that each class has a whole number of sixteens.
-        self.num_filled = _round_up(self.problem.num_keys, SIXTEEN * self.dilation)
+        # In turn, so that heads are picked by slices: a list as an index is copied to the device.
+        self.runs = _runs(self.heads)
+        self.head_H = torch.cat([torch.arange(*run, device=self.device) for run in self.runs])
+        # The tokens of a stream of keys.
+        self.num_filled = _round_up(self.problem.num_keys, SIXTEEN)
         self.limits = CPU_LIMITS if self.device.type == "cpu" else GPU_LIMITS
+
+    def slices(self) -> Iterator[tuple[slice, slice]]:
+        """The stretches of heads: where they lie in the group, and where among all heads."""
+        first = 0
+        for start, stop in self.runs:
+            yield slice(first, first + stop - start), slice(start, stop)
+            first += stop - start
 
     def local_work(self, band: Source, slots: Source | None) -> Iterator[Work]:
         """The local queries, block by block in an order that never changes."""
         problem, d, step = self.problem, self.dilation, self.limits.queries
+        num_slots = 0 if slots is None else slots.k_SMD.shape[1]
         for residue in range(min(d, problem.num_keys)):
             first_row = (residue - problem.q_offset) % d
             first_place = (problem.q_offset + first_row) // d
@@ -158,7 +179,7 @@ class HeadGroup:
             if not blocks:
                 continue
             widest = max(block.num_keys for block in blocks)
-            for part in self._parts(step * widest):
+            for part in self._parts(step * (widest + num_slots)):
                 for block, band_bytes, slot_bytes in self._with_bytes(blocks, widest, part):
                     sets = [self._band_keys(block, band, part, band_bytes)]
                     if slots is not None:
@@ -186,6 +207,7 @@ class HeadGroup:
         first_key = max(0, first_query - left) // SIXTEEN * SIXTEEN
         last_key = min(num_places, first_query + num_queries + right)
         num_keys = _round_up(last_key - first_key, SIXTEEN)
+        num_rows = _ceil_div(self.num_filled - residue, self.dilation) - first_key
         return _Block(
             self.dilation,
             residue,
@@ -194,6 +216,7 @@ class HeadGroup:
             first_key,
             num_keys,
             min(num_keys, num_places - first_key),
+            max(0, num_keys - num_rows),
             left,
             right,
         )
@@ -223,40 +246,74 @@ class HeadGroup:
         if not self.problem.drop_below:
             yield from ((block, None, None) for block in blocks)
             return
-        seed_B = self.problem.seed_B
-        assert seed_B is not None
-        seed_B1111 = seed_B[part.rows, None, None, None, None]
-        head_H111 = self.head_H[part.heads, None, None, None]
-        sixteens = widest // SIXTEEN
-        per_block = part.shape[0] * part.shape[1] * self.limits.queries * sixteens
+        sixteens, num_slots = widest // SIXTEEN, self.problem.num_slots
+        num_queries = max(block.num_queries for block in blocks)
+        per_block = part.num_streams * num_queries * (sixteens + num_slots)
         together = max(1, self.limits.counters // per_block)
+        step, left = self.limits.queries, self.problem.one_sided_window
         for start in range(0, len(blocks), together):
             run = blocks[start : start + together]
-            first_query_k1 = self._column([block.queries.start for block in run])
-            query_km = first_query_k1 + self.dilation * self._range(self.limits.queries)
-            first_k1 = self._column([block.first_key // SIXTEEN for block in run])
-            sixteen_kn = first_k1 + self._range(sixteens)
+            # From one block to the next, places move on by ``step``.
+            offset_k1 = torch.arange(0, len(run) * step, step, device=self.device)[:, None]
+            place_km = offset_k1 + (run[0].first_query + self._range(num_queries))
+            query_km = place_km * self.dilation + run[0].residue
+            first_k1 = (offset_k1 + (run[0].first_query - left)).clamp_(min=0) // SIXTEEN
             band_BHkmn = philox.dropout_bytes(
-                seed_B1111,
-                head_H111,
+                *self._names(part),
                 query_km[:, :, None],
-                self.head_H.new_tensor(run[0].residue),
-                sixteen_kn[:, None],
+                self._number(run[0].residue),
+                (first_k1 + self._range(sixteens))[:, None],
             )
-            slot_BHkmG, num_slots = None, self.problem.num_slots
-            if self.problem.slot_key_BG is not None:
-                slot_BHkmG = philox.dropout_byte(
-                    seed_B1111,
-                    head_H111,
-                    query_km[:, :, None],
-                    self.problem.slot_key_BG[part.rows, None, None, None, :num_slots],
-                    dilation=self.head_H.new_tensor(self.dilation),
-                )
-                slot_BHkmG = pad(slot_BHkmG, (0, -num_slots % SIXTEEN))
+            slot_BHkmG = self._slot_bytes(query_km, part)
             for i, block in enumerate(run):
                 queries, columns = slice(0, block.num_queries), slice(0, block.num_keys)
                 slot_BHmG = None if slot_BHkmG is None else slot_BHkmG[:, :, i, queries]
                 yield block, band_BHkmn[:, :, i, queries, columns], slot_BHmG
+
+    def _names(self, part: _Part) -> tuple[Tensor, Tensor]:
+        """What Philox calls the streams: seeds [B, 1, 1, 1, 1] and heads [H, 1, 1, 1]."""
+        assert self.problem.seed_B is not None
+        seed_B1111 = self.problem.seed_B[part.rows, None, None, None, None]
+        return seed_B1111, self.head_H[part.heads, None, None, None]
+
+    def _slot_bytes(self, query_km: Tensor, part: _Part) -> Tensor | None:
+        """Bytes of dropout of global keys, some slots at a time: each takes a Philox of its own."""
+        if self.problem.slot_key_BG is None:
+            return None
+        num_slots = self.problem.num_slots
+        key_BG = self.problem.slot_key_BG[part.rows, :num_slots]
+        at_once = max(1, self.limits.counters // (part.num_streams * query_km.numel()))
+        bytes_BHkmG = [
+            philox.dropout_byte(
+                *self._names(part),
+                query_km[:, :, None],
+                some_BG[:, None, None, None],
+                dilation=self._number(self.dilation),
+            ).to(torch.uint8)
+            for some_BG in key_BG.split(at_once, dim=1)
+        ]
+        return pad(torch.cat(bytes_BHkmG, dim=-1), (0, -num_slots % SIXTEEN))
+
+    def _row_bytes(self, query_BG: Tensor, part: _Part) -> Tensor:
+        """Bytes of dropout of the rows of global queries, some rows at a time."""
+        d, num_filled = self.dilation, self.num_filled
+        num_places = _ceil_div(num_filled, d)
+        sixteens = _ceil_div(num_places, SIXTEEN)
+        seed_B1111, head_H111 = self._names(part)
+        at_once = max(1, self.limits.counters // (part.num_streams * d * sixteens))
+        rows = []
+        for some_BG in query_BG.split(at_once, dim=1):
+            byte_BHGdn = philox.dropout_bytes(
+                seed_B1111,
+                head_H111 + philox.GLOBAL_ROW,
+                some_BG[:, None, :, None, None],
+                self._range(d)[:, None],
+                self._range(sixteens),
+            )
+            # A key's position is place * dilation + residue.
+            byte_BHGnd = byte_BHGdn.transpose(-1, -2)[..., :num_places, :]
+            rows.append(byte_BHGnd.flatten(-2)[..., :num_filled])
+        return torch.cat(rows, dim=2)
 
     def _band_keys(
         self, block: _Block, band: Source, part: _Part, byte_BHmn: Tensor | None
@@ -279,7 +336,14 @@ class HeadGroup:
             document_BM = problem.document_BM[part.rows]
             hidden = _elsewhere(document_BM[:, block.queries], document_BM[:, block.keys])
             biases.append((columns, _bias(hidden, band)))
-        return Keys(band, (part.streams, block.keys), biases, byte_BHmn, problem.drop_below)
+        return Keys(
+            band,
+            (part.streams, block.keys),
+            biases,
+            byte_BHmn,
+            problem.drop_below,
+            num_missing=block.num_missing_keys,
+        )
 
     def _slot_keys(
         self, block: _Block, slots: Source, part: _Part, byte_BHmG: Tensor | None
@@ -317,29 +381,31 @@ class HeadGroup:
             biases.append((columns, _bias(hidden, every_key)))
         byte_BHGM = None
         if problem.drop_below:
-            assert problem.seed_B is not None
-            num_drawn = max(0, problem.num_slots - slots.start)
-            byte_BHGdn = philox.dropout_bytes(
-                problem.seed_B[part.rows, None, None, None, None],
-                self.head_H[part.heads, None, None, None] + philox.GLOBAL_ROW,
-                query_BG[:, None, :num_drawn, None, None],
-                self._range(self.dilation)[:, None],
-                self._range(self.num_filled // (SIXTEEN * self.dilation)),
-            )
-            # A key's position is place * dilation + residue.
-            byte_BHGM = byte_BHGdn.transpose(-1, -2).flatten(-2)
-            byte_BHGM = pad(byte_BHGM, (0, 0, 0, query_BG.shape[1] - byte_BHGM.shape[2]))
+            num_drawn = min(slots.stop, problem.num_slots) - slots.start
+            byte_BHGM = self._row_bytes(query_BG[:, :num_drawn], part)
+            byte_BHGM = pad(byte_BHGM, (0, 0, 0, query_BG.shape[1] - num_drawn))
         return Keys(every_key, (part.streams, _ALL), biases, byte_BHGM, problem.drop_below)
 
     def _range(self, count: int) -> Tensor:
         return torch.arange(count, device=self.device)
 
-    def _column(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, device=self.device)[:, None]
+    def _number(self, number: int) -> Tensor:
+        return torch.full((), number, device=self.device)
 
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """Rising numbers as stretches without a gap: first, and one past the last."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number:
+            runs[-1] = (runs[-1][0], number + 1)
+        else:
+            runs.append((number, number + 1))
+    return runs
 
 
 def _round_up(a: int, multiple: int) -> int:
@@ -348,7 +414,8 @@ def _round_up(a: int, multiple: int) -> int:
 
 def _bias(hidden_Bmn: Tensor, source: Source) -> Tensor:
     """NOTHING where hidden, else 0, for all heads: [B, 1, m, n]."""
-    return torch.where(hidden_Bmn, NOTHING, source.k_SMD.new_zeros(()))[:, None]
+    bias_Bmn = source.k_SMD.new_zeros(hidden_Bmn.shape)
+    return bias_Bmn.masked_fill_(hidden_Bmn, NOTHING)[:, None]
 
 
 def _elsewhere(query_Bm: Tensor, key_Bn: Tensor) -> Tensor:

@@ -50,6 +50,8 @@ def portable_attention(  # noqa: PLR0917 - the schema of an operator is flat
     inputs = (q_BNHD, k_BMHD, v_BMHD, q_global_BGHD, k_global_BMHD, v_global_BMHD)
     out_BNHD = q_BNHD.new_empty(q_BNHD.shape)
     lse_BNH = q_BNHD.new_empty(q_BNHD.shape[:3], dtype=_arithmetic(q_BNHD.dtype))
+    if len(q_BNHD) == 0:
+        return out_BNHD, lse_BNH
     with torch.autocast(q_BNHD.device.type, enabled=False):
         problem = _problem(
             inputs,
@@ -64,8 +66,8 @@ def portable_attention(  # noqa: PLR0917 - the schema of an operator is flat
         )
         for group in _groups(problem, dilation_of_heads, q_BNHD):
             out_SND, lse_SN1 = _group_forward(group, _laid_out(inputs, group, scale))
-            _from_streams(out_SND, group.heads, out_BNHD)
-            _from_streams(lse_SN1, group.heads, lse_BNH[..., None])
+            _from_streams(out_SND, group, out_BNHD)
+            _from_streams(lse_SN1, group, lse_BNH[..., None])
         if padding_BM is not None:
             is_padding_BN = padding_BM[:, q_offset : q_offset + problem.num_rows]
             out_BNHD.masked_fill_(is_padding_BN[:, :, None, None], 0.0)
@@ -98,6 +100,8 @@ def portable_attention_backward(  # noqa: PLR0917
     """The gradients of q, k, v and, when there are global tokens, of their own projections."""
     inputs = (q_BNHD, k_BMHD, v_BMHD, q_global_BGHD, k_global_BMHD, v_global_BMHD)
     gradients = _like(inputs)
+    if len(q_BNHD) == 0:
+        return gradients
     with torch.autocast(q_BNHD.device.type, enabled=False):
         problem = _problem(
             inputs,
@@ -111,11 +115,10 @@ def portable_attention_backward(  # noqa: PLR0917
             q_offset=q_offset,
         )
         for group in _groups(problem, dilation_of_heads, q_BNHD):
-            heads = group.heads
-            dout_SND = _to_streams(dout_BNHD, heads, spare_rows=1)
-            out_SND = _to_streams(out_BNHD, heads, spare_rows=1)
-            lse_SN1 = _to_streams(lse_BNH[..., None], heads, spare_rows=1)
-            lse_SN1[:, -1] = NO_KEYS
+            dout_SND = _to_streams(dout_BNHD, group, spare_rows=1)
+            out_SND = _to_streams(out_BNHD, group, spare_rows=1)
+            lse_SN1 = _to_streams(lse_BNH[..., None], group, spare_rows=1, multiple=1)
+            lse_SN1[:, -1].fill_(NO_KEYS)
             dout_SND.masked_fill_(lse_SN1 == NO_KEYS, 0.0)
             delta_SN1 = out_SND.mul_(dout_SND).sum(dim=-1, keepdim=True)
             rows = (dout_SND.mul_(problem.kept_scale), lse_SN1, delta_SN1)
@@ -123,7 +126,7 @@ def portable_attention_backward(  # noqa: PLR0917
             for i, (gradient_SND, gradient_BNHD) in enumerate(zip(found, gradients, strict=True)):
                 # Queries entered as q * scale.
                 _from_streams(
-                    gradient_SND.mul_(scale) if i % 3 == 0 else gradient_SND, heads, gradient_BNHD
+                    gradient_SND.mul_(scale) if i % 3 == 0 else gradient_SND, group, gradient_BNHD
                 )
     return gradients
 
@@ -204,10 +207,10 @@ def _problem(
     q_BNHD, k_BMHD = inputs[0], inputs[1]
     assert q_BNHD is not None and k_BMHD is not None
     num_rows, num_keys = q_BNHD.shape[1], k_BMHD.shape[1]
-    zero = q_BNHD.new_zeros((), dtype=_arithmetic(q_BNHD.dtype))
 
     def bias(hidden: Tensor) -> Tensor:
-        return torch.where(hidden, NOTHING, zero)
+        zeros = q_BNHD.new_zeros(hidden.shape, dtype=_arithmetic(q_BNHD.dtype))
+        return zeros.masked_fill_(hidden, NOTHING)
 
     padding_bias_BM = None if padding_BM is None else bias(padding_BM)
     band_bias_BM = padding_bias_BM
@@ -250,6 +253,9 @@ def _problem(
 
 
 def _groups(problem: Problem, dilations: Sequence[int], like: Tensor) -> Iterator[HeadGroup]:
+    # From the number of keys on, a dilation leaves each key alone in its class at place 0: the same
+    # reach and the same dropout, without work that follows the dilation.
+    dilations = [min(dilation, problem.num_keys) for dilation in dilations]
     for dilation in sorted(set(dilations)):
         heads = [head for head, its in enumerate(dilations) if its == dilation]
         yield HeadGroup(problem, dilation, heads, like.device)
@@ -275,7 +281,7 @@ def _laid_out(inputs: Sequence[Tensor | None], group: HeadGroup, scale: float) -
     fill_slots = -group.problem.num_slots % SIXTEEN
     fills = (0, fill_keys, fill_keys, fill_slots, fill_keys, fill_keys)
     streams = [
-        _to_streams(x, group.heads, spare_rows=fill)
+        _to_streams(x, group, spare_rows=fill)
         for x, fill in zip(inputs, fills, strict=True)
         if x is not None
     ]
@@ -284,25 +290,32 @@ def _laid_out(inputs: Sequence[Tensor | None], group: HeadGroup, scale: float) -
     return streams
 
 
-def _to_streams(x_BNHD: Tensor, heads: list[int], spare_rows: int = 0) -> Tensor:
-    """The named heads as contiguous [S, N + spare rows of 0, D] in the dtype of the arithmetic."""
-    batch, num_tokens, num_heads, head_size = x_BNHD.shape
-    shape = (batch, len(heads), num_tokens + spare_rows, head_size)
+def _to_streams(
+    x_BNHD: Tensor, group: HeadGroup, spare_rows: int = 0, multiple: int = SIXTEEN
+) -> Tensor:
+    """The group's heads as contiguous [S, N + spare rows, D] in the dtype of the arithmetic.
+
+    D is filled up to a multiple; the fill and the spare rows are 0.
+    """
+    batch, num_tokens, _, head_size = x_BNHD.shape
+    fill = -head_size % multiple
+    shape = (batch, len(group.heads), num_tokens + spare_rows, head_size + fill)
     x_BHND = x_BNHD.new_empty(shape, dtype=_arithmetic(x_BNHD.dtype))
-    chosen_BNHD = x_BNHD if len(heads) == num_heads else x_BNHD[:, :, heads]
-    x_BHND[:, :, :num_tokens] = chosen_BNHD.transpose(1, 2)
-    x_BHND[:, :, num_tokens:] = 0
+    own_BNHD = x_BHND[:, :, :num_tokens, :head_size].transpose(1, 2)
+    for own, run in group.slices():
+        own_BNHD[:, :, own] = x_BNHD[:, :, run]
+    x_BHND[:, :, num_tokens:].zero_()
+    if fill:
+        x_BHND[..., head_size:].zero_()
     return x_BHND.flatten(0, 1)
 
 
-def _from_streams(x_SND: Tensor, heads: list[int], into_BNHD: Tensor) -> None:
-    """Write the streams to the named heads, in the dtype found there; spare rows stay behind."""
-    batch, num_tokens, num_heads, _ = into_BNHD.shape
-    x_BNHD = _by_batch(x_SND, batch)[:, :, :num_tokens].transpose(1, 2)
-    if len(heads) == num_heads:
-        into_BNHD.copy_(x_BNHD)
-    else:
-        into_BNHD[:, :, heads] = x_BNHD.to(into_BNHD.dtype)
+def _from_streams(x_SND: Tensor, group: HeadGroup, into_BNHD: Tensor) -> None:
+    """Write the streams to the group's heads, in the dtype found there; the fill stays behind."""
+    batch, num_tokens, _, head_size = into_BNHD.shape
+    x_BNHD = _by_batch(x_SND, batch)[:, :, :num_tokens, :head_size].transpose(1, 2)
+    for own, run in group.slices():
+        into_BNHD[:, :, run] = x_BNHD[:, :, own]
 
 
 def _by_batch(x_SND: Tensor, batch: int) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 NOTHING = float("-inf")
 NO_KEYS = float("inf")
@@ -38,9 +39,23 @@ class Keys:
     biases: list[tuple[slice, Tensor]]  # to add to these columns of the scores [B, H, m, n]
     byte_BHmn: Tensor | None  # of dropout
     drop_below: int
+    num_missing: int = 0  # keys of zeros at the end that the source has no row for
+
+    def taken(self, x_SMD: Tensor) -> Tensor:
+        """The slice of the keys or the values."""
+        x_SnD = x_SMD[self.where]
+        return pad(x_SnD, (0, 0, 0, self.num_missing)) if self.num_missing else x_SnD
+
+    def add_product(self, into_SMD: Tensor, x_Snm: Tensor, y_SmD: Tensor) -> None:
+        """Add a product to the slice of the keys' or the values' gradient."""
+        into_SnD = into_SMD[self.where]
+        if self.num_missing:
+            into_SnD += torch.bmm(x_Snm, y_SmD)[:, : -self.num_missing]
+        else:
+            into_SnD.baddbmm_(x_Snm, y_SmD)
 
     def scores(self, q_SmD: Tensor, shape: tuple[int, int]) -> Tensor:
-        score_Smn = torch.bmm(q_SmD, self.source.k_SMD[self.where].transpose(1, 2))
+        score_Smn = torch.bmm(q_SmD, self.taken(self.source.k_SMD).transpose(1, 2))
         score_BHmn = score_Smn.view(*shape, *score_Smn.shape[1:])
         for columns, bias in self.biases:
             score_BHmn[..., columns].add_(bias)
@@ -78,7 +93,7 @@ def attend(q_SmD: Tensor, work: Work, kept_scale: float) -> tuple[Tensor, Tensor
         kept_Smn = keys.kept(weight_Smn.dtype)
         if kept_Smn is not None:
             weight_Smn.mul_(kept_Smn)
-        out_SmD.baddbmm_(weight_Smn, keys.source.v_SMD[keys.where])
+        out_SmD.baddbmm_(weight_Smn, keys.taken(keys.source.v_SMD))
     # The highest score adds 1 to the sum, so this minimum changes only rows without keys.
     out_SmD.mul_(kept_scale / sum_Sm1.clamp(min=1))
     lse_Sm1 = (highest_Sm1 + sum_Sm1.log()).masked_fill_(sum_Sm1 == 0, NO_KEYS)
@@ -95,16 +110,16 @@ def attend_backward(
     """
     dq_SmD = torch.zeros_like(q_SmD)
     for keys in work.sets:
-        source, where = keys.source, keys.where
+        source = keys.source
         assert source.dk_SMD is not None and source.dv_SMD is not None
         weight_Smn = keys.scores(q_SmD, work.shape).sub_(lse_Sm1).exp_()
-        dscore_Smn = torch.bmm(dout_SmD, source.v_SMD[where].transpose(1, 2))
+        dscore_Smn = torch.bmm(dout_SmD, keys.taken(source.v_SMD).transpose(1, 2))
         kept_weight_Smn, kept_Smn = weight_Smn, keys.kept(weight_Smn.dtype)
         if kept_Smn is not None:
             dscore_Smn.mul_(kept_Smn)
             kept_weight_Smn = kept_Smn.mul_(weight_Smn)
-        source.dv_SMD[where].baddbmm_(kept_weight_Smn.transpose(1, 2), dout_SmD)
+        keys.add_product(source.dv_SMD, kept_weight_Smn.transpose(1, 2), dout_SmD)
         dscore_Smn.sub_(delta_Sm1).mul_(weight_Smn)
-        dq_SmD.baddbmm_(dscore_Smn, source.k_SMD[where])
-        source.dk_SMD[where].baddbmm_(dscore_Smn.transpose(1, 2), q_SmD)
+        dq_SmD.baddbmm_(dscore_Smn, keys.taken(source.k_SMD))
+        keys.add_product(source.dk_SMD, dscore_Smn.transpose(1, 2), q_SmD)
     return dq_SmD

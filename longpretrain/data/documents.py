@@ -96,7 +96,7 @@ def _expand(given: Path) -> list[InputFile]:
         paths = sorted(
             path
             for path in given.rglob("*")
-            if path.suffix in SUFFIXES and path.is_file() and not path.name.startswith(".")
+            if path.suffix in SUFFIXES and path.is_file() and not _is_hidden(path, given)
         )
         if not paths:
             _refuse(given, "a folder without .txt or .jsonl files")
@@ -110,6 +110,11 @@ def _expand(given: Path) -> list[InputFile]:
     if not files:
         _refuse(given, "a pattern that matches no file")
     return [_input_file(path, path.name) for path in files]
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    """Whether a file, or a folder that it lies in below the root, has a name with a dot first."""
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _input_file(path: Path, name: str) -> InputFile:

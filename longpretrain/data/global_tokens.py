@@ -31,23 +31,6 @@ class GlobalTokens:
     ids: tuple[int, ...] = ()
     """Ids of the global tokens; of kind ids only."""
 
-    def max_slots(self, max_tokens: int) -> int:
-        """The most global tokens that a sequence of max_tokens can have (ids: all of them)."""
-        match self.kind:
-            case "none":
-                return 0
-            case "first":
-                return 1
-            case "every":
-                return -(-max_tokens // self.every)
-            case "ids":
-                return max_tokens
-
-    @property
-    def is_static(self) -> bool:
-        """The number of global tokens follows from the length alone, not from the text."""
-        return self.kind != "ids"
-
 
 def parse_global_tokens(text: str) -> GlobalTokens:
     """The policy that a recipe names.

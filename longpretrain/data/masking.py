@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longpretrain.data.hashing import hash64, hash64_array
+from longpretrain.errors import InputError
 
 # One stream of draws per question, so that no two questions share a number.
 _ROUNDING, _CHOICE, _KIND, _REPLACEMENT = 1, 2, 3, 4
@@ -39,7 +40,7 @@ def mask_tokens(
     Args:
         tokens_N: token ids of one sequence, special tokens included; not changed.
         key: 64-bit seed of this mask, such as ``hash64(seed, sample_id, epoch)``.
-        probability: share of the maskable tokens to choose, 0 <= probability <= 1.
+        probability: share of the maskable tokens to choose, 0 < probability < 1.
         special_ids: ids that are never chosen.
         real_ids: ids that may be drawn as replacement; must hold no special id.
         mask_id: id of the mask token.
@@ -47,8 +48,15 @@ def mask_tokens(
     Returns:
         inputs_N (int64): what the model sees. positions_M (int64): where it must guess, ascending;
         the targets are ``tokens_N[positions_M]``.
+
+    Raises:
+        InputError: the probability is out of range.
     """
-    assert 0 <= probability <= 1, probability
+    if not 0 < probability < 1:
+        raise InputError(
+            "masking probability", got=probability, wanted="0 < x < 1",
+            way_out="0.15 is the published value.",
+        )  # fmt: skip
     inputs_N = np.array(tokens_N, dtype=np.int64)
     maskable = np.flatnonzero(~np.isin(inputs_N, np.fromiter(special_ids, np.int64)))
     if maskable.size == 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import re
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -71,8 +72,9 @@ def prepare(
 ) -> Manifest:
     """Tokenizes documents into a corpus folder.
 
-    Safe to run twice: the same inputs, settings and tokenizer leave a whole ``out`` as it is (and
-    mend a damaged one). With more than one worker a script needs the usual ``if __name__ ==
+    Safe to run twice: the same inputs, settings and tokenizer leave a whole ``out`` as it is and
+    write one with damaged shards anew. A damaged manifest is refused: nothing else says what the
+    folder is. With more than one worker a script needs the usual ``if __name__ ==
     "__main__"`` guard, for workers are spawned.
 
     Args:
@@ -91,7 +93,7 @@ def prepare(
 
     Raises:
         InputError: see documents.py for the inputs; nothing but empty documents; an ``out`` that
-            holds something else. Nothing is left behind.
+            holds something else or a damaged manifest. Nothing is left behind.
     """
     out = Path(out)
     if workers < 1:
@@ -106,29 +108,34 @@ def prepare(
     done = _finished(out, files, settings, tokenizer)
     if done:
         return done
+    reader = _Reader(files, documents, field)
+    total = sum(file.bytes for file in files)
+    empty_documents = 0
     with (
-        fresh_folder(out, belongs=lambda _: True) as folder,
+        fresh_folder(out, belongs=_is_corpus) as folder,
         _encoder(tokenizer, tokenizer_folder, workers) as encoder,
         closing(
             ShardWriter(folder, vocab_size=tokenizer.vocab_size, shard_bytes=shard_bytes)
         ) as writer,
     ):
-        reader = _Reader(files, documents, field)
-        total = sum(file.bytes for file in files)
         for batch, encoded in encoder(reader.batches()):
-            _write(writer, encoded)
+            empty_documents += _write(writer, encoded)
             if progress:
                 progress(batch.bytes_read, total)
+        reader.empty_documents += empty_documents
         manifest = _manifest(writer.finish(), reader, settings, tokenizer)
         manifest.write(folder)
     return manifest
 
 
-def _write(writer: ShardWriter, encoded: _Encoded) -> None:
+def _write(writer: ShardWriter, encoded: _Encoded) -> int:
+    """Writes documents; returns how many had text that the tokenizer makes no token of."""
     start = 0
     for length in encoded.lengths:
-        writer.add(encoded.ids[start : start + length])
+        if length:
+            writer.add(encoded.ids[start : start + length])
         start += length
+    return encoded.lengths.count(0)
 
 
 def _manifest(
@@ -301,6 +308,16 @@ def _finished(
     except InputError:
         return None  # damaged: write it again
     return manifest
+
+
+def _is_corpus(folder: Path) -> bool:
+    """Whether a folder holds a corpus of ours, whole or damaged, and nothing else."""
+    try:
+        Manifest.read(folder)
+    except InputError:
+        return False
+    names = {path.name for path in folder.iterdir()} - {MANIFEST}
+    return all(re.fullmatch(r"tokens-\d{5,}\.(bin|idx)", name) for name in names)
 
 
 def _inputs_digest(

@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -21,13 +21,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longpretrain.errors import InputError
-from longpretrain.files import sha256
+from longpretrain.files import read_json_object, sha256
 
 FORMAT = "longpretrain-tokens"
 VERSION = 1
 MANIFEST = "manifest.json"
 SHARD_BYTES = 1 << 29
-_WAY_OUT = "Run `longpretrain prepare` again: it rewrites a damaged corpus."
+_WAY_OUT = "Run `longpretrain prepare` again: it rewrites damaged shards."
+_DAMAGED = "Remove the folder and run `longpretrain prepare` again."
+# A field's annotation -> what its JSON must be.
+_JSON_TYPES: dict[str, type] = {
+    "str": str, "int": int, "FileRecord": dict, "dict[str, str]": dict,
+    "tuple[ShardRecord, ...]": list, "tuple[FileRecord, ...]": list,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +95,9 @@ class Manifest:
         """Reads manifest.json.
 
         Raises:
-            InputError: there is none, it is of another version, or not a manifest at all.
+            InputError: there is none, it is of another version, or what it says cannot be: a key
+                that is missing or of another type, a file that does not lie in the folder, sizes
+                and counts that do not fit together.
         """
         path = folder / MANIFEST
         if not path.is_file():
@@ -99,28 +107,31 @@ class Manifest:
                 wanted="a folder written by `longpretrain prepare`",
                 way_out="Run `longpretrain prepare INPUT... --out DIR` first.",
             )
-        try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-            format_and_version = tree.pop("format"), tree.pop("version")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise _damaged_manifest(path, error) from error
-        if format_and_version != (FORMAT, VERSION):
+        tree = read_json_object(path, way_out=_DAMAGED)
+        found = tree.pop("format", None), tree.pop("version", None)
+        if found != (FORMAT, VERSION):
             raise InputError(
                 str(path),
-                got=f"format {format_and_version[0]} version {format_and_version[1]}",
+                got=f"format {found[0]} version {found[1]}",
                 wanted=f"{FORMAT} version {VERSION}",
                 way_out="Prepare the corpus with this version of longpretrain.",
             )
-        if tree.get("dtype") not in ("uint16", "uint32"):
-            raise _damaged_manifest(path, f"dtype {tree.get('dtype')}")
         try:
-            return cls(
-                shards=tuple(_shard_record(entry) for entry in tree.pop("shards")),
-                sources=tuple(FileRecord(**entry) for entry in tree.pop("sources")),
-                **tree,
+            values = _checked(cls, tree)
+            if values["dtype"] not in ("uint16", "uint32"):
+                raise ValueError(f"dtype {values['dtype']}")
+            shards = tuple(_shard_record(entry, values["dtype"]) for entry in values.pop("shards"))
+            sources = tuple(
+                FileRecord(**_checked(FileRecord, entry)) for entry in values.pop("sources", ())
             )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise _damaged_manifest(path, error) from error
+            counts = sum(s.documents for s in shards), sum(s.tokens for s in shards)
+            if counts != (values["documents"], values["tokens"]):
+                raise ValueError("counts that do not add up")
+        except ValueError as error:
+            raise InputError(
+                str(path), got=error, wanted="the manifest of a corpus", way_out=_DAMAGED
+            ) from error
+        return cls(shards=shards, sources=sources, **values)
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
@@ -237,8 +248,8 @@ class Corpus:
 
         Args:
             folder: the corpus.
-            verify: size checks that every file is there and whole; sha256 also reads every byte
-                and finds a single altered one.
+            verify: size checks that every file is there with its size, and the .idx files byte by
+                byte; sha256 also reads every byte of the .bin files.
 
         Raises:
             InputError: no corpus, another version, an empty one, a truncated or altered file.
@@ -255,13 +266,12 @@ class Corpus:
         shards = []
         first_token = first_document = 0
         for record in manifest.shards:
-            for file in (record.bin, record.idx):
-                _check_file(folder, file, read_all=verify == "sha256")
+            _check_file(folder, record.bin, read_all=verify == "sha256")
+            # Small, and a wrong border would go unseen: it moves text from document to document.
+            _check_file(folder, record.idx, read_all=True)
             shards.append(_map_shard(folder, manifest.dtype, record, first_token, first_document))
             first_token += record.tokens
             first_document += record.documents
-        if (first_document, first_token) != (manifest.documents, manifest.tokens):
-            raise _damaged_manifest(folder / MANIFEST, "counts that do not add up")
         return cls(folder, manifest, shards)
 
     @property
@@ -324,11 +334,13 @@ def _map_shard(
     tokens = np.memmap(folder / record.bin.name, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
     offsets = np.memmap(folder / record.idx.name, dtype="<i8", mode="r")
     counts = len(offsets) - 1, int(offsets[0]), int(offsets[-1]), len(tokens)
-    if counts != (record.documents, 0, record.tokens, record.tokens):
+    is_rising = bool((np.diff(offsets) > 0).all())
+    if counts != (record.documents, 0, record.tokens, record.tokens) or not is_rising:
+        order = "" if is_rising else ", not rising"
         raise InputError(
             f"shard {folder / record.idx.name}",
-            got=f"offsets {counts[1]} to {counts[2]} of {counts[0]} documents",
-            wanted=f"0 to {record.tokens} of {record.documents}",
+            got=f"offsets {counts[1]} to {counts[2]} of {counts[0]} documents{order}",
+            wanted=f"0 to {record.tokens} of {record.documents}, rising",
             way_out=_WAY_OUT,
         )
     return Shard(tokens, offsets, first_token, first_document)
@@ -353,15 +365,31 @@ def _check_file(folder: Path, record: FileRecord, *, read_all: bool) -> None:
         )
 
 
-def _shard_record(tree: dict[str, Any]) -> ShardRecord:
-    bin_record, idx_record = (FileRecord(**tree.pop(key)) for key in ("bin", "idx"))
-    return ShardRecord(bin=bin_record, idx=idx_record, **tree)
+def _shard_record(tree: object, dtype: str) -> ShardRecord:
+    values = _checked(ShardRecord, tree)
+    for key in ("bin", "idx"):
+        values[key] = record = FileRecord(**_checked(FileRecord, values[key]))
+        if Path(record.name).name != record.name or set(record.name) & set("\\\0"):
+            raise ValueError(f"file name {record.name!r}, not that of a file in the folder")
+    shard = ShardRecord(**values)
+    sizes = shard.tokens * np.dtype(dtype).itemsize, 8 * (shard.documents + 1)
+    if not 1 <= shard.documents <= shard.tokens or (shard.bin.bytes, shard.idx.bytes) != sizes:
+        raise ValueError(f"counts that do not fit the sizes of {shard.bin.name}")
+    return shard
 
 
-def _damaged_manifest(path: Path, reason: object) -> InputError:
-    return InputError(
-        str(path),
-        got=f"{type(reason).__name__} {reason}" if isinstance(reason, Exception) else reason,
-        wanted="the manifest of a corpus",
-        way_out="Remove the folder and run `longpretrain prepare` again.",
-    )
+def _checked(record: type, tree: object) -> dict[str, Any]:
+    """The keys of a JSON object, once they are a record's and each of its type, else ValueError."""
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"a {type(tree).__name__} for a {record.__name__}")  # noqa: TRY004
+    wanted = {f.name: f for f in fields(record)}
+    required = {n for n, f in wanted.items() if f.default is f.default_factory is MISSING}
+    if tree.keys() - wanted.keys() or required - tree.keys():
+        raise ValueError(f"keys {', '.join(sorted(tree))} for a {record.__name__}")
+    for name, value in tree.items():
+        kind = _JSON_TYPES[str(wanted[name].type)]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{name} {value!r:.40}, no {kind.__name__}")
+        if isinstance(value, int) and value < 0:
+            raise ValueError(f"{name} {value}")
+    return dict(tree)

@@ -3,7 +3,8 @@
 ``load_tokenizer()`` is RoBERTa's BPE, shipped with the package; ``load_tokenizer(folder)`` reads a
 Hugging Face folder. The ids are those that transformers gives for the same folder, with three
 differences on purpose: no special tokens are added, special tokens written out in a text are text,
-and no space is put before the first word.
+and no space is put before the first word. Where a byte-level BPE asks transformers for that space
+(``add_prefix_space``), ``encode`` still goes without it, and ``save`` passes the wish on.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from longpretrain.data import byte_bpe, tokenizer_files
 from longpretrain.errors import InputError
+from longpretrain.files import read_json_object
 
 ROBERTA_BPE = Path(__file__).parent / "roberta_bpe"
 
@@ -92,7 +94,11 @@ class Tokenizer(ABC):
 
 
 class ByteLevelBPE(Tokenizer):
-    """GPT-2's scheme (Radford et al. 2019, section 2.2): bytes, merged by rank inside words."""
+    """GPT-2's scheme (Radford et al. 2019, section 2.2): bytes, merged by rank inside words.
+
+    Attributes:
+        add_prefix_space: what ``save`` writes under this name; ``encode`` puts no space there.
+    """
 
     def __init__(
         self,
@@ -100,9 +106,12 @@ class ByteLevelBPE(Tokenizer):
         merges: Sequence[tuple[str, str]],
         roles: tokenizer_files.Roles,
         special: Iterable[str],
+        *,
+        add_prefix_space: bool = False,
     ) -> None:
         super().__init__(vocab, roles, special)
         self.merges = list(merges)
+        self.add_prefix_space = add_prefix_space
         self._codec = byte_bpe.ByteBPE(self.vocab, self.merges)
 
     @cached_property
@@ -121,8 +130,9 @@ class ByteLevelBPE(Tokenizer):
         """See the base class. Files: vocab.json, merges.txt, tokenizer.json and the two configs."""
         special = sorted(name for name, number in self.vocab.items() if number in self.special_ids)
         tokenizer_files.write_byte_bpe(
-            folder, self.vocab, self.merges, self.roles, special=special, max_tokens=max_tokens
-        )
+            folder, self.vocab, self.merges, self.roles, special=special, max_tokens=max_tokens,
+            add_prefix_space=self.add_prefix_space,
+        )  # fmt: skip
 
 
 class LibraryTokenizer(Tokenizer):
@@ -140,7 +150,7 @@ class LibraryTokenizer(Tokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        tree = tokenizer_files.read_json(self._folder / "tokenizer.json")
+        tree = read_json_object(self._folder / "tokenizer.json")
         keys = ("model", "normalizer", "pre_tokenizer", "added_tokens")
         return _sha256([tree.get(key) for key in keys])
 
@@ -186,7 +196,9 @@ def _load(folder: Path) -> Tokenizer:
                 way_out="Load it in transformers and save_pretrained() it: that writes one.",
             )
         return LibraryTokenizer(folder, roles, files.special)
-    return ByteLevelBPE(files.vocab, files.merges, roles, files.special)
+    return ByteLevelBPE(
+        files.vocab, files.merges, roles, files.special, add_prefix_space=files.add_prefix_space
+    )
 
 
 def check_text(text: str) -> None:

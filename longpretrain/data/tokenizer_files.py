@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longpretrain.errors import InputError
-from longpretrain.files import write_atomically
+from longpretrain.files import read_json_object, write_atomically
 
 # Every file that a Hugging Face tokenizer may keep beside tokenizer.json.
 _COPIED = (
@@ -18,6 +18,8 @@ _COPIED = (
     "added_tokens.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model",
 )  # fmt: skip
 _CONFIG = "tokenizer_config.json"
+# transformers' classes that take tokenizer.json as it is, by their old and their new name.
+_AS_IT_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 # Role: keys of tokenizer_config.json that name it, then the usual names.
 _ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -70,6 +72,8 @@ class TokenizerFiles:
     """Added tokens marked special."""
     has_json: bool
     """There is a tokenizer.json."""
+    add_prefix_space: bool = False
+    """transformers puts a space before a text that has none (byte-level BPE only)."""
 
 
 def read(folder: Path) -> TokenizerFiles:
@@ -135,6 +139,7 @@ def write_byte_bpe(
     *,
     special: Sequence[str],
     max_tokens: int,
+    add_prefix_space: bool,
 ) -> None:
     """Writes a byte-level BPE as RoBERTa's tokenizer: transformers has it for Longformer too."""
     import tokenizers
@@ -147,10 +152,10 @@ def write_byte_bpe(
         for name in sorted(special, key=lambda name: vocab[name])
     }
     whole = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=list(merges)))
-    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     whole.decoder = decoders.ByteLevel()
     whole.post_processor = processors.RobertaProcessing(
-        (roles.eos, vocab[roles.eos]), (roles.bos, vocab[roles.bos]), True, False
+        (roles.eos, vocab[roles.eos]), (roles.bos, vocab[roles.bos]), True, add_prefix_space
     )
     whole.add_special_tokens([tokenizers.AddedToken(**entry) for entry in added.values()])
     names = roles.config | {"mask_token": {"__type": "AddedToken", **added[roles.mask]}}
@@ -158,7 +163,7 @@ def write_byte_bpe(
     config = {
         "tokenizer_class": "RobertaTokenizer",
         "model_max_length": max_tokens,
-        "add_prefix_space": False,
+        "add_prefix_space": add_prefix_space,
         "trim_offsets": True,
         "errors": "replace",
         **names,
@@ -188,31 +193,12 @@ def copy(source: Path, folder: Path, roles: Roles, max_tokens: int) -> None:
     _write_json(folder / _CONFIG, defaults | stated | {"model_max_length": max_tokens})
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        InputError: it is not one.
-    """
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(tree, dict):
-            return tree
-        reason = f"a {type(tree).__name__}"
-    except (ValueError, RecursionError) as error:
-        reason = str(error)
-    raise InputError(
-        f"file {path}", got=reason, wanted="a JSON object in UTF-8",
-        way_out="The file is damaged: copy it again.",
-    )  # fmt: skip
-
-
 def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _read_tokenizer_json(folder: Path) -> TokenizerFiles:
-    tree = read_json(folder / "tokenizer.json")
+    tree = read_json_object(folder / "tokenizer.json")
     model, added = tree["model"], tree.get("added_tokens") or []
     vocab = model["vocab"]
     if isinstance(vocab, list):  # Unigram: pieces with scores, in id order
@@ -223,7 +209,19 @@ def _read_tokenizer_json(folder: Path) -> TokenizerFiles:
     if _is_byte_level_bpe(tree) and not ordinary:
         merges = [_pair(merge) for merge in model["merges"]]
     special = tuple(entry["content"] for entry in added if entry["special"])
-    return TokenizerFiles(vocab=vocab, merges=merges, special=special, has_json=True)
+    return TokenizerFiles(
+        vocab=vocab, merges=merges, special=special, has_json=True,
+        add_prefix_space=_adds_prefix_space(folder, tree),
+    )  # fmt: skip
+
+
+def _adds_prefix_space(folder: Path, tree: Mapping[str, Any]) -> bool:
+    """Whether transformers would: its own classes ask the config, the plain one tokenizer.json."""
+    config = _read_optional(folder / _CONFIG)
+    named = config.get("tokenizer_class")
+    if tree and (named in _AS_IT_IS or not (named or (folder / "config.json").is_file())):
+        return bool((tree.get("pre_tokenizer") or {}).get("add_prefix_space"))
+    return bool(config.get("add_prefix_space"))
 
 
 def _is_byte_level_bpe(tree: Mapping[str, Any]) -> bool:
@@ -239,7 +237,7 @@ def _is_byte_level_bpe(tree: Mapping[str, Any]) -> bool:
 
 
 def _read_vocab_and_merges(folder: Path) -> TokenizerFiles:
-    vocab = {token: int(number) for token, number in read_json(folder / "vocab.json").items()}
+    vocab = {token: int(number) for token, number in read_json_object(folder / "vocab.json").items()}
     vocab |= _read_optional(folder / "added_tokens.json")
     decoder = _read_optional(folder / _CONFIG).get("added_tokens_decoder") or {}
     vocab |= {entry["content"]: int(number) for number, entry in decoder.items()}
@@ -247,7 +245,10 @@ def _read_vocab_and_merges(folder: Path) -> TokenizerFiles:
     # Split at line feeds only: a merge may hold other characters that Python takes for line ends.
     lines = (folder / "merges.txt").read_bytes().decode("utf-8").replace("\r\n", "\n").split("\n")
     merges = [_pair(line) for line in lines if line and not line.startswith("#version")]
-    return TokenizerFiles(vocab=vocab, merges=merges, special=special, has_json=False)
+    return TokenizerFiles(
+        vocab=vocab, merges=merges, special=special, has_json=False,
+        add_prefix_space=_adds_prefix_space(folder, {}),
+    )  # fmt: skip
 
 
 def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
