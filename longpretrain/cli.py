@@ -263,6 +263,14 @@ def _add_evaluate(verbs: Verbs) -> None:
         help="score this many evenly spaced stretches of 4,096 tokens (all text)",
     )
     parser.add_argument(
+        "--blocks",
+        choices=("full_sentences", "document"),
+        default="full_sentences",
+        help="how documents become sequences (full_sentences)",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where there is one)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(fp32)")
+    parser.add_argument(
         "--json",
         type=Path,
         help="also write the numbers here (RUN/evaluation.json for a run folder)",
@@ -270,15 +278,21 @@ def _add_evaluate(verbs: Verbs) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    import torch
+
     from longpretrain.evaluate.masked_bits import evaluate
 
     is_run = (options.model / "checkpoints").is_dir()
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _bar("evaluate") as progress:
         result = evaluate(
             options.model,
             options.data,
             max_tokens=options.max_tokens,
             sequences=options.sequences,
+            blocks=options.blocks,
+            device=device,
+            precision=options.precision,
             json_path=options.json or (options.model / "evaluation.json" if is_run else None),
             progress=progress,
         )

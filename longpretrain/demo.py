@@ -101,7 +101,9 @@ def _split_text() -> None:
         target = ROOT / "text" / split / speech.name
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(speech, target)
+            part = target.with_suffix(".part")
+            shutil.copyfile(speech, part)
+            part.rename(target)
     print(f"{len(speeches)} speeches, every {VALID_EVERY}th held out")
 
 
@@ -114,7 +116,7 @@ def _make_init(folder: Path) -> None:
     from longpretrain.model.folder import save_model
     from longpretrain.model.lm_head import LongformerForMaskedLM
 
-    if folder.exists():
+    if (folder / "tokenizer_config.json").exists():  # written last
         return
     tokenizer = load_tokenizer(None)
     config = ModelConfig(
