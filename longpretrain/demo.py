@@ -74,7 +74,7 @@ def main() -> int:
         "short, trained on (control)": (control, "512"),
         "long, random positions": (random, "512,4096"),
         "long, copied positions": (copied, "512,4096"),
-        "long, pretraining continued": (continued, "512,4096"),
+        "long, pretraining continued": (ROOT / "long", "512,4096"),
     }
     bits = [(name, _evaluate(folder, lengths)) for name, (folder, lengths) in rows.items()]
     _run("report", ROOT / "long")
@@ -169,7 +169,8 @@ def _control_overrides(short: Path) -> list[str]:
 
 def _evaluate(folder: Path, lengths: str) -> dict[int, float]:
     """Bits per masked token by length."""
-    path = ROOT / "evaluation" / f"{folder.name}.json"
+    is_run = (folder / "checkpoints").is_dir()  # its report shows the evaluation in the run folder
+    path = folder / "evaluation.json" if is_run else ROOT / "evaluation" / f"{folder.name}.json"
     _run("evaluate", folder, "--data", ROOT / "data/valid", "--max-tokens", lengths, "--json", path)
     results = json.loads(path.read_text(encoding="utf-8"))["results"]
     return {result["max_tokens"]: result["bits"] for result in results}

@@ -59,7 +59,7 @@ def test_the_good_arguments_pass(backend: str) -> None:
 INDEX = torch.int32
 BAD = {
     "q_dimensions": ({"q_BNHD": torch.zeros(2, 10, 12)}, r"q and k: got shapes \[2, 10, 12\]"),
-    "no_tokens": ({"q_BNHD": torch.zeros(2, 0, 3, 4)}, r"each at least 1"),
+    "no_tokens": ({"q_BNHD": torch.zeros(2, 0, 3, 4)}, r"all but the batch at least 1"),
     "k_heads": (
         {"k_BNHD": torch.zeros(2, 12, 2, 4)},
         r"k: got float32 \[2, 12, 2, 4\] on cpu; wanted float32 \[2, 12, 3, 4\]",
@@ -266,6 +266,32 @@ def test_default_projections_are_the_ordinary_ones() -> None:
         v_global_BNHD=case.floats["v_BNHD"],
     )
     assert_equal_to(case.run(), given, 1e-14)
+
+
+@pytest.mark.parametrize("backend", ["portable", "reference"])
+def test_a_batch_of_no_rows(backend: str) -> None:
+    arguments = good()
+    for name, x in arguments.items():
+        if isinstance(x, Tensor):
+            arguments[name] = x[:0].requires_grad_(x.is_floating_point())
+    out, lse = sliding_attention(**arguments, backend=backend, return_lse=True)
+    assert (out.shape, lse.shape) == ((0, 10, 3, 4), (0, 10, 3))
+    out.sum().backward()
+    assert arguments["k_BNHD"].grad.shape == (0, 12, 3, 4)
+
+
+def test_forward_mode_is_refused_where_its_tangent_would_be_zero() -> None:
+    x_BNHD = torch.randn(1, 6, 1, 2, generator=torch.Generator().manual_seed(0))
+
+    def attend(q_BNHD: Tensor, backend: str) -> Tensor:
+        return sliding_attention(q_BNHD, x_BNHD, x_BNHD, AttentionPattern(2), backend=backend)
+
+    def tangent(backend: str) -> Tensor:
+        return torch.func.jvp(lambda q: attend(q, backend), (x_BNHD,), (x_BNHD,))[1]
+
+    with pytest.raises(ValueError, match=r"inputs: got tensors with a forward-mode tangent"):
+        tangent("portable")
+    assert tangent("reference").abs().max() > 0
 
 
 def test_meta_tensors_give_shapes() -> None:

@@ -49,6 +49,8 @@ def test_dilation_of_heads() -> None:
         ((-1,), "one_sided_window: got -1"),
         ((2.0,), "one_sided_window: got 2.0"),
         ((True,), "one_sided_window: got True"),
+        ((10**30,), r"one_sided_window: got 10+; wanted a whole number from 0 to 2147483647"),
+        ((4, 2**31), "dilation: got 2147483648; wanted a whole number from 1 to 2147483647"),
         ((4, 0), "dilation: got 0"),
         ((4, ()), r"dilation: got \(\)"),
         ((4, (1, 0)), r"dilation: got \(1, 0\)"),

@@ -137,8 +137,9 @@ def layer_and_input(tokens: int, window: int) -> tuple[LongformerSelfAttention, 
 def test_equals_hugging_face(tokens: int, window: int, kind: str) -> None:
     """Values within 1e-5; each gradient within 1e-5 of the largest magnitude in its tensor.
 
-    Biases share their weight's scale, and no scale is below a hundredth of the largest: some true
-    gradients are 0 (of a key's bias; of the queries of a single token) and only rounding is left.
+    Biases share their weight's scale, and no scale is below a hundredth of the largest (a twentieth
+    for a single token): some true gradients are 0 (of a key's bias; of the queries and keys of a
+    single token) and only rounding is left.
     """
     layer, hidden_BNE = layer_and_input(tokens, window)
     padding_BN, index_BG = token_kinds(kind, tokens)
@@ -160,7 +161,7 @@ def test_equals_hugging_face(tokens: int, window: int, kind: str) -> None:
         largest = max(x.abs().max() for x in right_gradients.values())
         for name, got in found.items():
             like = name.replace("bias", "weight")
-            scale = max(right_gradients[like].abs().max(), largest / 100)
+            scale = max(right_gradients[like].abs().max(), largest / (100 if tokens > 1 else 20))
             assert (got - right_gradients[name]).abs().max() <= 1e-5 * scale, name
 
 

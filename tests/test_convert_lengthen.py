@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from longpretrain.convert import export, verify
 from longpretrain.convert.lengthen import POSITIONS, convert, lengthen_positions
 from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
@@ -194,6 +195,34 @@ def test_the_tokenizer_comes_along_with_its_new_length(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="got 50265 ids; wanted at most 67"):
         convert(tmp_path / "c", tmp_path / "d", positions=100, attention_window=8)
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, value: float) -> None:
+    model = LongformerForMaskedLM(SHORT)
+    with torch.no_grad():
+        model.longformer.encoder.layer[1].output.dense.weight[3, 4] = value
+    save_model(model, tmp_path / "a")
+    with pytest.raises(
+        InputError, match=r"NaN or infinity in longformer.*1\.output\.dense\.weight"
+    ):
+        convert(tmp_path / "a", tmp_path / "b", positions=64, attention_window=8)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_windows_that_transformers_cannot_run_are_made_and_named(
+    source: Path, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        report = convert(source, tmp_path / "b", positions=64, attention_window=[6, 8])
+        assert report.beyond_hugging_face
+        assert "transformers cannot run windows [6] that do not divide" in report.lines()[-1]
+    assert report.up_to_date
+    assert load_model(tmp_path / "b")(torch.full((1, 30), 9)).shape == (1, 30, 67)
+    for refused in (lambda: verify(tmp_path / "b"), lambda: export(tmp_path / "b", tmp_path / "c")):
+        with pytest.raises(InputError, match=r"got windows \[6\] that do not divide"):
+            refused()
+    assert not (tmp_path / "c").exists()
 
 
 def test_converting_twice_writes_once(source: Path, tmp_path: Path) -> None:

@@ -65,6 +65,18 @@ def test_a_roberta_with_a_tokenizer_passes_until_they_disagree(
     assert (row.check, row.got[:15]) == ("tokenizers agree", "not on the text")
 
 
+def test_a_tokenizer_that_puts_a_space_first_agrees_too(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer()
+    config = dataclasses.replace(SHORT, vocab_size=tokenizer.vocab_size)
+    save_model(LongformerForMaskedLM(config), tmp_path / "a")
+    tokenizer.save(tmp_path / "a", max_tokens=config.max_tokens)
+    path = tmp_path / "a" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_prefix_space": True}))
+    report = verify(tmp_path / "a")
+    assert report.ok, report.lines()
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "a").encode("Hello")[1] == 20920
+
+
 def test_damage_is_found(folder: Path) -> None:
     state = read_tensors(folder)
     position = "longformer.embeddings.position_embeddings.weight"
@@ -84,14 +96,21 @@ def test_another_dtype_than_config_json_says_is_found(folder: Path) -> None:
     assert failed(verify(folder)) == ["dtype of the weights"]
 
 
-@pytest.mark.parametrize("change", [{"causal": True}, {"dilation": (1, 2, 1, 1)}], ids=str)
-def test_what_transformers_cannot_compute_is_not_called_equal(
+@pytest.mark.parametrize(
+    "change",
+    [{"causal": True}, {"dilation": (1, 2, 1, 1)}, {"attention_window": (8, 12)}],
+    ids=str,
+)
+def test_what_transformers_cannot_compute_is_refused_by_name(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
     config = dataclasses.replace(LONG, **change)
     save_model(LongformerForMaskedLM(config), tmp_path / "a")
-    report = verify(tmp_path / "a")
-    assert failed(report) == ["Hugging Face's format can express it"]
+    with pytest.raises(
+        InputError, match=r"got (causal attention|dilation .1, 2, 1, 1.|windows .8)"
+    ):
+        verify(tmp_path / "a")
+    assert verify(tmp_path / "a", tmp_path / "a").ok
 
 
 def test_logits_that_differ_fail(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +118,7 @@ def test_logits_that_differ_fail(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     module = sys.modules[verify.__module__]  # the function hides the module's name
     real = module.load_model
     monkeypatch.setattr(
-        module, "load_model", lambda path: real(path, changes={"attention_window": (8, 12)})
+        module, "load_model", lambda path: real(path, changes={"attention_window": (8, 32)})
     )
     assert "logits, 255 tokens" in failed(verify(folder))
 

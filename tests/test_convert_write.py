@@ -138,6 +138,10 @@ def test_exporting_again_replaces_the_export_and_nothing_else(tmp_path: Path) ->
     first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     export(tmp_path / "run", tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == first
+    (tmp_path / "out" / "results.csv").write_text("years of work")
+    with pytest.raises(InputError, match="a folder with other files"):
+        export(tmp_path / "run", tmp_path / "out")
+    assert (tmp_path / "out" / "results.csv").is_file()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "README.md").write_text("holiday")
     with pytest.raises(InputError, match="a folder with other files"):

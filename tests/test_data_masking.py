@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longpretrain.data import hash64, hash64_array, load_tokenizer, mask_tokens
+from longpretrain.errors import InputError
 
 SPECIAL = frozenset({0, 1, 2, 3, 99})
 MASK = 99
+ALL = 1 - 2**-53  # the largest probability that there is below 1
 REAL = np.arange(4, 97, dtype=np.int32)
 
 tokens_of = st.lists(st.integers(0, 99), max_size=200).map(lambda ids: np.array(ids, np.int64))
@@ -27,7 +29,7 @@ def mask(tokens, key, probability=0.15):
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)
-@given(tokens_of, st.integers(0, 2**64 - 1), st.floats(0, 1))
+@given(tokens_of, st.integers(0, 2**64 - 1), st.floats(0, 1, exclude_min=True, exclude_max=True))
 def test_properties(tokens, key, probability):
     before = tokens.copy()
     inputs, positions = mask(tokens, key, probability)
@@ -93,6 +95,12 @@ def test_neighbours_are_chosen_independently():
     assert abs(np.mean(pairs) - expected) < 5 * np.std(pairs) / np.sqrt(len(pairs))
 
 
+@pytest.mark.parametrize("probability", [0, 0.0, 1.0, -0.1, float("nan")])
+def test_a_probability_out_of_range_is_refused(probability):
+    with pytest.raises(InputError, match=r"probability: got .*; wanted 0 < x < 1"):
+        mask(np.full(20, 50), 1, probability)
+
+
 @pytest.fixture(scope="module")
 def roberta():
     return load_tokenizer()
@@ -107,7 +115,7 @@ def four_million_chosen(roberta):
     chosen = []
     for key in range(40):
         inputs, positions = mask_tokens(
-            tokens, key=hash64(7, key), probability=1.0, special_ids=roberta.special_ids,
+            tokens, key=hash64(7, key), probability=ALL, special_ids=roberta.special_ids,
             real_ids=roberta.real_ids, mask_id=roberta.mask_id,
         )  # fmt: skip
         assert positions.tolist() == list(range(1, 100_001))
@@ -148,7 +156,7 @@ def test_the_whole_real_vocabulary_can_be_drawn(roberta):
     tokens = np.full(800_000, int(roberta.real_ids[0]))
     for key in range(20):
         inputs, _ = mask_tokens(
-            tokens, key=key, probability=1.0, special_ids=roberta.special_ids,
+            tokens, key=key, probability=ALL, special_ids=roberta.special_ids,
             real_ids=roberta.real_ids, mask_id=roberta.mask_id,
         )  # fmt: skip
         drawn[inputs] = True

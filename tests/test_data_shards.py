@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -146,19 +148,47 @@ class TestDamage:
         ):
             Corpus.open(folder)
 
-    @pytest.mark.parametrize("name", ["tokens-00001.bin", "tokens-00002.idx"])
-    def test_one_altered_byte(self, folder, name):
+    @pytest.mark.parametrize(
+        ("name", "verify"),
+        [
+            ("tokens-00001.bin", "sha256"),
+            ("tokens-00002.idx", "sha256"),
+            ("tokens-00002.idx", "size"),
+        ],
+    )
+    def test_one_altered_byte(self, folder, name, verify):
         path = folder / name
         data = bytearray(path.read_bytes())
         data[9] ^= 1
         path.write_bytes(data)
-        Corpus.open(folder)
         with pytest.raises(InputError, match=f"altered shard .*{name}: got sha256"):
+            Corpus.open(folder, verify=verify)
+
+    def test_altered_tokens_are_found_when_every_byte_is_read(self, folder):
+        path = folder / "tokens-00001.bin"
+        path.write_bytes(bytes(path.stat().st_size))
+        Corpus.open(folder)
+        with pytest.raises(InputError, match="altered shard"):
             Corpus.open(folder, verify="sha256")
 
-    def test_an_index_that_ends_elsewhere(self, folder):
-        np.array([0, 7], "<i8").tofile(folder / "tokens-00001.idx")
-        with pytest.raises(InputError, match=r"tokens-00001\.idx: got offsets 0 to 7"):
+    @pytest.mark.parametrize(
+        ("shard", "offsets", "message"),
+        [
+            (1, [0, 7], "got offsets 0 to 7 of 1 documents"),
+            (0, [1, 3, 4], "got offsets 1 to 4"),
+            (0, [0, 4, 4], "got offsets 0 to 4 of 2 documents, not rising"),
+            (0, [0, 9, 4], "not rising; wanted 0 to 4 of 2, rising"),
+        ],
+        ids=str,
+    )
+    def test_an_index_that_cannot_be(self, folder, shard, offsets, message):
+        """Even where the manifest was written to match."""
+        data = np.array(offsets, "<i8").tobytes()
+        (folder / f"tokens-{shard:05d}.idx").write_bytes(data)
+        tree = json.loads((folder / "manifest.json").read_text())
+        tree["shards"][shard]["idx"]["sha256"] = hashlib.sha256(data).hexdigest()
+        (folder / "manifest.json").write_text(json.dumps(tree))
+        with pytest.raises(InputError, match=rf"tokens-{shard:05d}\.idx: .*{message}"):
             Corpus.open(folder)
 
     def test_no_corpus(self, tmp_path):
@@ -171,18 +201,18 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("{", "wanted the manifest of a corpus"),
-            ("[]", "wanted the manifest of a corpus"),
-            ("{}", "got KeyError 'format'"),
+            ("{", r"manifest\.json: got Expecting .*wanted a JSON object"),
+            ("[]", "got a list; wanted a JSON object"),
+            ("{}", "got format None version None"),
             (
                 '{"format": "longpretrain-tokens", "version": 2}',
                 "got .*version 2; wanted .*version 1",
             ),
             ('{"format": "other", "version": 1}', "got format other"),
-            ('{"format": "longpretrain-tokens", "version": 1}', "got dtype None"),
+            ('{"format": "longpretrain-tokens", "version": 1}', "keys .. for a Manifest"),
             (
                 '{"format": "longpretrain-tokens", "version": 1, "dtype": "uint16"}',
-                "got KeyError 'shards'",
+                "keys .'dtype'. for a Manifest",
             ),
         ],
     )
@@ -190,6 +220,49 @@ class TestDamage:
         (folder / "manifest.json").write_text(text)
         with pytest.raises(InputError, match=message):
             Corpus.open(folder)
+
+    @pytest.mark.parametrize(
+        ("place", "value", "message"),
+        [
+            (["vocab_size"], "1000", "vocab_size '1000', no int"),
+            (["vocab_size"], True, "vocab_size True, no int"),
+            (["vocab_size"], 1e3, "vocab_size 1000.0, no int"),
+            (["empty_documents"], -1, "empty_documents -1"),
+            (["dtype"], "float16", "dtype float16"),
+            (["dtype"], ["uint16"], "no str"),
+            (["dtype"], "uint32", "do not fit the sizes of tokens-00000.bin"),
+            (["tokenizer_fingerprint"], None, "no str"),
+            (["settings"], [], "no dict"),
+            (["shards"], {}, "shards {}, no list"),
+            (["shards", 0], "a", "a str for a ShardRecord"),
+            (["shards", 0, "documents"], 0, "do not fit the sizes"),
+            (["shards", 0, "documents"], 5, "do not fit the sizes"),
+            (["shards", 0, "idx"], 3, "idx 3, no dict"),
+            (["shards", 0, "bin", "bytes"], 9, "do not fit the sizes"),
+            (["shards", 0, "bin", "sha256"], 3, "no str"),
+            (["shards", 0, "bin", "extra"], 3, "for a FileRecord"),
+            (["sources"], ["a"], "a str for a FileRecord"),
+            (["extra"], 3, "for a Manifest"),
+            *(
+                (["shards", 1, kind, "name"], name, "not that of a file in the folder")
+                for kind in ("bin", "idx")
+                for name in ("../a", "/etc/passwd", "a/b", "a\\b", "", ".", "..", "a/", "a\0")
+            ),
+        ],
+        ids=repr,
+    )
+    def test_a_manifest_that_cannot_be(self, folder, place, value, message):
+        tree = json.loads((folder / "manifest.json").read_text())
+        node = tree
+        for key in place[:-1]:
+            node = node[key]
+        node[place[-1]] = value
+        (folder / "manifest.json").write_text(json.dumps(tree))
+        with pytest.raises(
+            InputError, match=r"manifest\.json: got .*" + re.escape(message)
+        ) as info:
+            Corpus.open(folder)
+        assert "Remove the folder" in info.value.way_out
 
     def test_counts_that_do_not_add_up(self, folder):
         manifest = Manifest.read(folder)

@@ -242,6 +242,55 @@ def word_piece(folder: Path) -> Path:
     return folder
 
 
+class TestPrefixSpace:
+    """A space that transformers puts first is its own affair: kept in the files, not in our ids."""
+
+    @pytest.mark.parametrize("in_config", [True, False, None], ids=["yes", "no", "unsaid"])
+    @pytest.mark.parametrize(
+        ("in_json", "kind"),
+        [
+            *((value, "RobertaTokenizer") for value in (True, False, None)),
+            *((value, None) for value in (True, False, None)),
+            *((value, "PreTrainedTokenizerFast") for value in (True, False)),  # it needs the file
+        ],
+    )
+    def test_transformers_gives_the_same_ids_before_and_after(
+        self, tmp_path, in_json, in_config, kind
+    ):
+        from transformers import AutoTokenizer
+
+        source, saved = tmp_path / "source", tmp_path / "saved"
+        for folder in (source, saved):
+            folder.mkdir()
+            config = {"model_type": "longformer", "attention_window": [8]}
+            (folder / "config.json").write_text(json.dumps(config))
+        plain = load_tokenizer(trained_bpe(tmp_path / "trained"))
+        plain.save(source, max_tokens=512)
+        if in_json is None:
+            (source / "tokenizer.json").unlink()
+        else:
+            path = source / "tokenizer.json"
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            tree["pre_tokenizer"]["add_prefix_space"] = in_json
+            path.write_text(json.dumps(tree), encoding="utf-8")
+            for name in ("vocab.json", "merges.txt"):
+                (source / name).unlink()
+        config = json.loads((source / "tokenizer_config.json").read_text())
+        config |= {"add_prefix_space": in_config, "tokenizer_class": kind}
+        stated = {key: value for key, value in config.items() if value is not None}
+        (source / "tokenizer_config.json").write_text(json.dumps(stated))
+
+        tokenizer = load_tokenizer(source)
+        tokenizer.save(saved, max_tokens=512)
+        before, after = (AutoTokenizer.from_pretrained(folder) for folder in (source, saved))
+        for text in ("the", " the", "winter tale", ""):
+            wanted = before(text, add_special_tokens=False).input_ids
+            assert after(text, add_special_tokens=False).input_ids == wanted
+            assert load_tokenizer(saved).encode(text).tolist() == plain.encode(text).tolist()
+        assert load_tokenizer(saved).add_prefix_space == tokenizer.add_prefix_space
+        assert tokenizer.fingerprint == plain.fingerprint
+
+
 class TestOtherTokenizers:
     def test_a_trained_bpe_goes_through_tiktoken(self, tmp_path):
         tokenizer = load_tokenizer(trained_bpe(tmp_path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -443,8 +444,9 @@ def test_a_corpus_of_another_tokenizer_is_refused(tmp_path: Path, tokenizer: Tok
         ({"max_tokens": [3]}, "max_tokens: got 3"),
         ({"sequences": 0}, "sequences to score: got 0"),
         ({"global_tokens": "second"}, "global_tokens"),
+        ({"probability": 0}, "probability: got 0"),
     ],
-    ids=["too-long", "no-length", "too-short", "no-sequences", "global-tokens"],
+    ids=["too-long", "no-length", "too-short", "no-sequences", "global-tokens", "nothing-masked"],
 )
 def test_bad_arguments_are_refused(
     corpus: Path, tokenizer: Tokenizer, options: dict[str, Any], wanted: str
@@ -475,6 +477,17 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path, corpus: Path, case:
     wanted = {"missing": "no such folder", "empty": "neither", "dangling": "step-000009"}[case]
     with pytest.raises(InputError, match=wanted):
         evaluate(folder, corpus)
+
+
+def test_altered_text_is_not_scored(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
+    copy = tmp_path / "c"
+    shutil.copytree(corpus, copy)
+    path = copy / "tokens-00000.bin"
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"altered shard .*tokens-00000\.bin"):
+        evaluate(tiny_model(max_tokens=64), copy, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("case", ["missing", "no-tokens"])

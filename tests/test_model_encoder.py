@@ -234,9 +234,26 @@ def test_predicted_rows_are_those_of_the_full_logits() -> None:
 
 def test_padding_in_the_middle_is_skipped_in_the_count() -> None:
     model = LongformerForMaskedLM(TINY)
-    padding_BN = torch.tensor([[False, True, False, False], [False, False, True, True]])
-    positions = model.longformer.embeddings._positions(torch.zeros(2, 4).long(), padding_BN)
+    tokens_BN = torch.tensor([[5, 1, 6, 7], [5, 6, 1, 1]])
+    positions = model.longformer.embeddings._positions(tokens_BN)
     assert positions.tolist() == [[2, 1, 3, 4], [2, 3, 1, 1]]
+
+
+@pytest.mark.parametrize("pads_are_masked", [False, True], ids=["pads-seen", "pads-masked"])
+@pytest.mark.parametrize("words_are_masked", [False, True], ids=["words-seen", "words-masked"])
+def test_positions_count_ids_and_not_the_mask(
+    pads_are_masked: bool, words_are_masked: bool
+) -> None:
+    """<pad> in the text without a mask, and words under one: as transformers does."""
+    ours, theirs = pair(TINY)
+    tokens_BN, _ = batch(TINY, [30, 30], 30)
+    tokens_BN[0, 4:7] = tokens_BN[1, 20:] = TINY.pad_id
+    padding_BN = (tokens_BN == TINY.pad_id) & pads_are_masked
+    if words_are_masked:
+        padding_BN[0, 10:13] = padding_BN[1, :2] = True
+    got = ours(tokens_BN, padding_BN=padding_BN if padding_BN.any() else None)
+    wanted = theirs(tokens_BN, attention_mask=(~padding_BN).long()).logits
+    assert worst(got[~padding_BN], wanted[~padding_BN]) <= 1e-4
 
 
 def test_packed_documents_equal_their_own_sequences() -> None:
@@ -275,6 +292,35 @@ def test_attention_dropout_follows_the_seed_of_the_row() -> None:
     torch.testing.assert_close(logits[0], logits[2], rtol=0, atol=1e-6)
     torch.testing.assert_close(logits[1], again[0], rtol=0, atol=1e-6)
     assert worst(logits[0], logits[1]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("windows", "beyond"),
+    [
+        ((8, 8), ()),
+        ((8, 4), ()),
+        ((6, 8), ("windows [6] that do not divide the largest, 8",)),
+    ],
+    ids=str,
+)
+def test_windows_that_transformers_cannot_run(
+    windows: tuple[int, ...], beyond: tuple[str, ...]
+) -> None:
+    """What the property says is what transformers does, at every length."""
+    config = dataclasses.replace(TINY, attention_window=windows)
+    assert config.beyond_hugging_face == beyond
+    ours, theirs = pair(config)
+    failures = 0
+    for num_tokens in range(1, 41):
+        tokens_BN, _ = batch(config, [num_tokens], num_tokens)
+        got = ours(tokens_BN)
+        try:
+            wanted = theirs(tokens_BN).logits
+        except (RuntimeError, AssertionError):
+            failures += 1
+            continue
+        assert worst(got, wanted) <= 1e-4
+    assert (failures > 0) == bool(beyond)
 
 
 def splitmix64(seed: int, steps: int) -> int:

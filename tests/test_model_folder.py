@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from longpretrain.data import load_tokenizer, tokenizer_files
 from longpretrain.errors import InputError
 from longpretrain.files import fresh_folder
 from longpretrain.model import (
@@ -254,7 +255,10 @@ def test_shards_that_are_not_all_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no file"):
         load_model(tmp_path / "a")
     index.write_text(whole[:-20])
-    with pytest.raises(InputError, match="an index with a weight_map"):
+    with pytest.raises(InputError, match="wanted a JSON object"):
+        load_model(tmp_path / "a")
+    index.write_text('{"weight_map": {"a": 3}}')
+    with pytest.raises(InputError, match="wanted a weight_map"):
         load_model(tmp_path / "a")
     index.write_text(whole)
     shards[1].write_bytes(shards[2].read_bytes())
@@ -284,8 +288,13 @@ def test_code_in_a_pickled_file_is_refused_and_not_run(
     content = {"lm_head.bias": Foreign(trap)}
     file = folder / "pytorch_model.bin"
     torch.save(content, file, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(InputError, match=r"pytorch_model\.bin.*wanted tensors and nothing else"):
+    with pytest.raises(InputError) as info:
         load_model(folder)
+    module = os.mkdir.__module__
+    got = f"got more than tensors ({module}.mkdir); wanted tensors and nothing else"
+    assert got in str(info.value)
+    assert "pytorch_model.bin" in info.value.what
+    assert "weights_only" not in str(info.value)  # torch advises to let the code run
     assert not trap.exists()
     torch.load(file, weights_only=False)  # the trap does work
     assert trap.exists()
@@ -297,8 +306,23 @@ def test_code_in_a_pickled_file_is_refused_and_not_run(
 def test_a_damaged_pickled_file_is_named(folder: Path, content: bytes) -> None:
     (folder / WEIGHTS_NAME).unlink()
     (folder / "pytorch_model.bin").write_bytes(content)
-    with pytest.raises(InputError, match=r"pytorch_model\.bin"):
+    with pytest.raises(InputError, match=r"pytorch_model\.bin") as info:
         load_model(folder)
+    assert "weights_only" not in str(info.value)
+
+
+@pytest.mark.parametrize("twin", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_tied_twins_are_compared_in_the_narrower_type(folder: Path, twin: torch.dtype) -> None:
+    (folder / WEIGHTS_NAME).unlink()
+    state = dict(new_model(LONG).state_dict())
+    state["lm_head.decoder.weight"] = state["lm_head.decoder.weight"].to(twin)
+    torch.save(state, folder / "pytorch_model.bin")
+    words = "longformer.embeddings.word_embeddings.weight"
+    assert torch.equal(read_tensors(folder)[words], state[words])
+    state["lm_head.decoder.weight"] = state["lm_head.decoder.weight"] * 1.5
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="wanted tied weights"):
+        read_tensors(folder)
 
 
 def test_weights_that_are_no_model(folder: Path) -> None:
@@ -319,7 +343,7 @@ def test_no_folder_and_no_json(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json"):
         load_model(tmp_path / "nothing")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match="wanted a JSON file"):
+    with pytest.raises(InputError, match="wanted a JSON object"):
         load_model(tmp_path)
 
 
@@ -331,6 +355,30 @@ def test_saving_never_harms_a_folder_of_something_else(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="Choose another name"):
             save_model(new_model(LONG), tmp_path / name)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "one.jpg", "photos"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "weights"])
+def test_a_model_folder_with_other_things_in_it_is_not_replaced(folder: Path, kind: str) -> None:
+    match kind:
+        case "file":
+            (folder / "notes.txt").write_text("years of work")
+        case "folder":
+            (folder / "README.md").mkdir()
+        case "weights":
+            (folder / "pytorch_model.bin").write_bytes(b"another model, for all we know")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(InputError, match="a folder with other files"):
+        save_model(new_model(LONG), folder)
+    assert sorted(folder.rglob("*")) == before
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_whatever_we_write_beside_a_model_may_be_replaced(folder: Path) -> None:
+    load_tokenizer().save(folder, max_tokens=64)
+    for name in (*tokenizer_files._COPIED, "README.md", "conversion.json"):
+        (folder / name).touch()
+    save_model(new_model(LONG), folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", WEIGHTS_NAME]
 
 
 def test_an_error_while_writing_leaves_the_old_folder(tmp_path: Path) -> None:

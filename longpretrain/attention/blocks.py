@@ -7,10 +7,10 @@ one slice of places. Only the two corners of its scores lie outside the window, 
 there and nowhere else. Global tokens are hidden in the band and come as a second, gathered set of
 keys in the same softmax: each key counts once.
 
-The keys of a block, the slots and the numbers of a head are filled up to whole sixteens with zeros,
-hidden by NOTHING where they are keys. Dropout draws sixteen keys at a time, and matrix products of
-such shapes do not depend on the number of threads (measured with MKL in float32; those of odd
-shapes do, and so do those of float64).
+The keys and queries of a block, the slots and the numbers of a head are filled up to whole sixteens
+with zeros, hidden by NOTHING where they are keys. Dropout draws sixteen keys at a time, and matrix
+products of such shapes do not depend on the number of threads (measured with MKL in float32; those
+of odd shapes do, and so do those of float64).
 
 Nothing here copies from the host to the device, so that a call can be captured in a CUDA graph:
 numbers reach the device as arguments of kernels (arange, full, masked_fill), never as tensors.
@@ -30,10 +30,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longpretrain.attention import philox
-from longpretrain.attention.softmax import NOTHING, Keys, Source, Work
+from longpretrain.attention.softmax import NOTHING, SIXTEEN, Keys, Source, Work
 
 _ALL = slice(None)
-SIXTEEN = philox.KEYS_PER_CALL
+assert philox.KEYS_PER_CALL == SIXTEEN
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class _Part(NamedTuple):
 
     @property
     def num_streams(self) -> int:
-        return self.streams.stop - self.streams.start
+        return self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ class HeadGroup:
                 some_BG[:, None, None, None],
                 dilation=self._number(self.dilation),
             ).to(torch.uint8)
-            for some_BG in key_BG.split(at_once, dim=1)
+            for some_BG in torch.split(key_BG, at_once, dim=1)
         ]
         return pad(torch.cat(bytes_BHkmG, dim=-1), (0, -num_slots % SIXTEEN))
 
@@ -302,7 +302,7 @@ class HeadGroup:
         seed_B1111, head_H111 = self._names(part)
         at_once = max(1, self.limits.counters // (part.num_streams * d * sixteens))
         rows = []
-        for some_BG in query_BG.split(at_once, dim=1):
+        for some_BG in torch.split(query_BG, at_once, dim=1):
             byte_BHGdn = philox.dropout_bytes(
                 seed_B1111,
                 head_H111 + philox.GLOBAL_ROW,

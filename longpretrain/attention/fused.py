@@ -16,6 +16,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from longpretrain.attention.pattern import AttentionPattern
 from longpretrain.attention.philox import GLOBAL_ROW
@@ -115,8 +116,12 @@ def sliding_attention(
     query returns exactly 0 and has zero gradient. Keys of another document are out of reach, and
     keys after the query when the pattern is causal, for global keys and global queries too.
 
+    All numbers must be finite, also at padding and other keys out of reach: they are multiplied
+    by a weight of 0.
+
     Args:
-        q_BNHD: queries. Row i sits at position ``q_offset + i`` of the keys.
+        q_BNHD: queries. Row i sits at position ``q_offset + i`` of the keys. A batch of no rows
+            gives an empty output.
         k_BNHD: keys, possibly of more tokens than q. q, k, v and the global projections share one
             device and one dtype: float64, float32, bfloat16 or float16. Autocast casts them.
         v_BNHD: values, shaped like k.
@@ -143,7 +148,8 @@ def sliding_attention(
 
     Raises:
         InputError: (a ``ValueError``) for anything that does not fit. The values of
-            ``global_index_BG`` and ``document_BN`` are looked at on the CPU only.
+            ``global_index_BG`` and ``document_BN`` are looked at on the CPU only. Also for
+            forward-mode derivatives, which the reference backend alone has.
     """
     q, k, v, q_global, k_global, v_global = _autocast(
         q_BNHD, k_BNHD, v_BNHD, q_global_BGHD, k_global_BNHD, v_global_BNHD
@@ -180,6 +186,7 @@ def sliding_attention(
                 q_offset=q_offset,
             )  # fmt: skip
     else:
+        _refuse_forward_mode(q, k, v, q_global, k_global, v_global)
         out_BNHD, lse_BNH = portable_attention(
             q, k, v, q_global, k_global, v_global, padding_BN, document_BN, global_index_BG,
             dropout_seed_B, pattern.one_sided_window, list(pattern.dilation_of_heads(q.shape[2])),
@@ -221,6 +228,20 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
 
 
+def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """To PyTorch the tangent of an operator without a forward-mode rule is silently 0."""
+    if torch.compiler.is_compiling():
+        return
+    given = [x for x in tensors if x is not None]
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in given):  # type: ignore[no-untyped-call]
+        raise InputError(
+            "inputs",
+            got="tensors with a forward-mode tangent (torch.func.jvp)",
+            wanted="reverse-mode derivatives",
+            way_out="Use backward, torch.func.vjp, or backend='reference'.",
+        )
+
+
 def _gathered(q_BNHD: Tensor, row_BG: Tensor) -> Tensor:
     """The rows of the global queries: [B, G, H, D]; any row for a slot that has none here."""
     each_B1 = torch.arange(len(row_BG), device=row_BG.device)[:, None]
@@ -241,12 +262,12 @@ def _check(
     """All checks of what the user passed. Returns ``drop_below``, the dropout in 256ths."""
     q, k, v, q_global, k_global, v_global = floats
     assert q is not None and k is not None and v is not None
-    if q.dim() != 4 or k.dim() != 4 or 0 in q.shape or 0 in k.shape:
+    if q.dim() != 4 or k.dim() != 4 or 0 in q.shape[1:] or 0 in k.shape[1:]:
         raise InputError(
             "q and k",
             got=f"shapes {list(q.shape)} and {list(k.shape)}",
-            wanted="[batch, tokens, heads, head size], each at least 1",
-            way_out="Split the heads off before the call.",
+            wanted="[batch, tokens, heads, head size], all but the batch at least 1",
+            way_out="Split the heads off before the call, and leave out empty sequences.",
         )
     batch, num_rows, num_heads, head_size = q.shape
     num_keys = k.shape[1]

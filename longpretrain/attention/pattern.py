@@ -11,9 +11,14 @@ from typing import Any
 
 from longpretrain.errors import InputError
 
+# Far beyond any sequence, and small enough that window * dilation is an int64.
+LARGEST = 2**31 - 1
+
 
 def _is_count(number: object, at_least: int) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and number >= at_least
+    if not isinstance(number, int) or isinstance(number, bool):
+        return False
+    return at_least <= number <= LARGEST
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class AttentionPattern:
         one_sided_window: keys reached on each side, in steps of the dilation; the query's own
             position comes on top. Hugging Face's ``attention_window`` is twice this number.
         dilation: distance in tokens between neighbouring keys of a window, at least 1; one number
-            for all heads, or a tuple with one for each head.
+            for all heads, or a tuple with one for each head. Like the window, below 2**31.
         causal: keys after the query are out of reach, global ones too.
 
     Raises:
@@ -43,7 +48,7 @@ class AttentionPattern:
             raise InputError(
                 "one_sided_window",
                 got=repr(self.one_sided_window),
-                wanted="a whole number >= 0",
+                wanted=f"a whole number from 0 to {LARGEST}",
                 way_out="It counts the keys on one side of a query: half of attention_window.",
             )
         one_for_all = not isinstance(self.dilation, tuple)
@@ -53,7 +58,7 @@ class AttentionPattern:
             raise InputError(
                 "dilation",
                 got=repr(self.dilation),
-                wanted="a whole number >= 1, or a tuple of them, one for each head",
+                wanted=f"a whole number from 1 to {LARGEST}, or a tuple of them, one for each head",
                 way_out="1 means no dilation.",
             )
         if not isinstance(self.causal, bool):

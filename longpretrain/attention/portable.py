@@ -23,8 +23,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from longpretrain.attention.blocks import SIXTEEN, HeadGroup, Problem
-from longpretrain.attention.softmax import NO_KEYS, NOTHING, Source, attend, attend_backward
+from longpretrain.attention.blocks import HeadGroup, Problem
+from longpretrain.attention.softmax import (
+    NO_KEYS,
+    NOTHING,
+    SIXTEEN,
+    Source,
+    attend,
+    attend_backward,
+)
 
 
 @torch.library.custom_op("longpretrain::sliding_attention_portable", mutates_args=())

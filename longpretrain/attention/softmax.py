@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 NOTHING = float("-inf")
 NO_KEYS = float("inf")
+SIXTEEN = 16  # matrices are filled up to multiples of it: see ``blocks``
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Keys:
             into_SnD.baddbmm_(x_Snm, y_SmD)
 
     def scores(self, q_SmD: Tensor, shape: tuple[int, int]) -> Tensor:
-        score_Smn = torch.bmm(q_SmD, self.taken(self.source.k_SMD).transpose(1, 2))
+        score_Smn = _product(q_SmD, self.taken(self.source.k_SMD).transpose(1, 2))
         score_BHmn = score_Smn.view(*shape, *score_Smn.shape[1:])
         for columns, bias in self.biases:
             score_BHmn[..., columns].add_(bias)
@@ -78,6 +79,22 @@ class Work:
     sets: list[Keys]
 
 
+def _product(x_Smn: Tensor, y_SnD: Tensor) -> Tensor:
+    """Multiply, the queries filled up; only the last block of a class has a fill."""
+    num_queries = x_Smn.shape[1]
+    fill = -num_queries % SIXTEEN
+    if fill == 0:
+        return torch.bmm(x_Smn, y_SnD)
+    return torch.bmm(pad(x_Smn, (0, 0, 0, fill)), y_SnD)[:, :num_queries]
+
+
+def _add_product(into_SmD: Tensor, x_Smn: Tensor, y_SnD: Tensor) -> None:
+    if x_Smn.shape[1] % SIXTEEN == 0:
+        into_SmD.baddbmm_(x_Smn, y_SnD)
+    else:
+        into_SmD += _product(x_Smn, y_SnD)
+
+
 def attend(q_SmD: Tensor, work: Work, kept_scale: float) -> tuple[Tensor, Tensor]:
     """One softmax over the union of the block's keys: out_SmD and lse_Sm1."""
     scores = [keys.scores(q_SmD, work.shape) for keys in work.sets]
@@ -93,7 +110,7 @@ def attend(q_SmD: Tensor, work: Work, kept_scale: float) -> tuple[Tensor, Tensor
         kept_Smn = keys.kept(weight_Smn.dtype)
         if kept_Smn is not None:
             weight_Smn.mul_(kept_Smn)
-        out_SmD.baddbmm_(weight_Smn, keys.taken(keys.source.v_SMD))
+        _add_product(out_SmD, weight_Smn, keys.taken(keys.source.v_SMD))
     # The highest score adds 1 to the sum, so this minimum changes only rows without keys.
     out_SmD.mul_(kept_scale / sum_Sm1.clamp(min=1))
     lse_Sm1 = (highest_Sm1 + sum_Sm1.log()).masked_fill_(sum_Sm1 == 0, NO_KEYS)
@@ -113,13 +130,13 @@ def attend_backward(
         source = keys.source
         assert source.dk_SMD is not None and source.dv_SMD is not None
         weight_Smn = keys.scores(q_SmD, work.shape).sub_(lse_Sm1).exp_()
-        dscore_Smn = torch.bmm(dout_SmD, keys.taken(source.v_SMD).transpose(1, 2))
+        dscore_Smn = _product(dout_SmD, keys.taken(source.v_SMD).transpose(1, 2))
         kept_weight_Smn, kept_Smn = weight_Smn, keys.kept(weight_Smn.dtype)
         if kept_Smn is not None:
             dscore_Smn.mul_(kept_Smn)
             kept_weight_Smn = kept_Smn.mul_(weight_Smn)
         keys.add_product(source.dv_SMD, kept_weight_Smn.transpose(1, 2), dout_SmD)
         dscore_Smn.sub_(delta_Sm1).mul_(weight_Smn)
-        dq_SmD.baddbmm_(dscore_Smn, keys.taken(source.k_SMD))
+        _add_product(dq_SmD, dscore_Smn, keys.taken(source.k_SMD))
         keys.add_product(source.dk_SMD, dscore_Smn.transpose(1, 2), q_SmD)
     return dq_SmD

@@ -19,6 +19,7 @@ from torch import Tensor
 from longpretrain.convert.read import (
     RECORD_NAME,
     carry_tokenizer,
+    finite_tensors,
     has_tokenizer,
     hashes,
     model_folder,
@@ -26,7 +27,7 @@ from longpretrain.convert.read import (
 )
 from longpretrain.errors import InputError
 from longpretrain.files import fresh_folder
-from longpretrain.model import ModelConfig, read_config, read_tensors
+from longpretrain.model import ModelConfig, read_config
 from longpretrain.model.folder import spread, write_model
 
 Init = Literal["copy", "random", "interpolate"]
@@ -49,17 +50,22 @@ class Report:
     """Tensor, by its name in memory -> a sentence on its origin."""
     has_tokenizer: bool
     """Whether the source had a tokenizer to carry over."""
+    beyond_hugging_face: tuple[str, ...] = ()
+    """What of the new model transformers cannot compute, in words."""
 
     def lines(self) -> list[str]:
         """A few lines for a person."""
+        beyond = " and ".join(self.beyond_hugging_face)
+        warning = f"for longpretrain alone: transformers cannot run {beyond}; export refuses it"
+        warnings = [warning] if beyond else []
         if self.up_to_date:
-            return [f"{self.target} is up to date"]
+            return [f"{self.target} is up to date", *warnings]
         counts: dict[str, int] = {}
         for origin in self.origins.values():
             counts[origin] = counts.get(origin, 0) + 1
         lines = [f"{count:5d} x {origin}" for origin, count in counts.items()]
         tokenizer = "carried over" if self.has_tokenizer else "the source has none"
-        return [f"{self.target}: tensors", *lines, f"tokenizer: {tokenizer}"]
+        return [f"{self.target}: tensors", *lines, f"tokenizer: {tokenizer}", *warnings]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -97,37 +103,28 @@ def convert(
         seed: of the random rows.
 
     Raises:
-        InputError: the source does not read, a number does not fit, or the target holds something
-            other than this very conversion.
+        InputError: the source does not read or has weights that are not finite, a number does not
+            fit, or the target holds something other than this very conversion.
     """
     source, target = model_folder(source), Path(target)
     run_state(source)  # a checkpoint's files are as they were written
     old = read_config(source)
     new = _long_config(old, positions, attention_window)
-    if init not in _INITS:
-        raise InputError("init", got=init, wanted=" or ".join(_INITS), way_out="Pick one.")
-    request = {
-        "source": source.absolute().name,
-        "source_files": {n: h for n, h in hashes(source).items() if not n.startswith(_RUN_FILES)},
-        "positions": positions,
-        "attention_window": list(new.attention_window),
-        "init": init,
-        "seed": seed if init == "random" else None,
-    }
-    if _is_done(target, request):
-        return Report(
-            target=target, up_to_date=True, origins={}, has_tokenizer=has_tokenizer(source)
-        )
-    state, origins = _long_state(read_tensors(source), old, new, init, seed)
+    request = _request(source, new, init, seed)
+    report = Report(
+        target=target, up_to_date=_is_done(target, request), origins={},
+        has_tokenizer=has_tokenizer(source), beyond_hugging_face=new.beyond_hugging_face,
+    )  # fmt: skip
+    if report.up_to_date:
+        return report
+    state, origins = _long_state(finite_tensors(source), old, new, init, seed)
     with fresh_folder(target, belongs=lambda _: False) as fresh:
         write_model((new, state), fresh)
-        if has_tokenizer(source):
+        if report.has_tokenizer:
             carry_tokenizer(source, fresh, new)
         record = {**request, "files": hashes(fresh)}
         (fresh / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return Report(
-        target=target, up_to_date=False, origins=origins, has_tokenizer=has_tokenizer(source)
-    )
+    return dataclasses.replace(report, origins=origins)
 
 
 def lengthen_positions(
@@ -177,6 +174,20 @@ def _long_config(
         attention_window=spread("attention_window", windows, old.num_layers),
         max_position_embeddings=positions + old.pad_id + 1,
     )
+
+
+def _request(source: Path, new: ModelConfig, init: Init, seed: int) -> dict[str, Any]:
+    """All that decides the outcome, for the record beside it."""
+    if init not in _INITS:
+        raise InputError("init", got=init, wanted=" or ".join(_INITS), way_out="Pick one.")
+    return {
+        "source": source.absolute().name,
+        "source_files": {n: h for n, h in hashes(source).items() if not n.startswith(_RUN_FILES)},
+        "positions": new.max_tokens,
+        "attention_window": list(new.attention_window),
+        "init": init,
+        "seed": seed if init == "random" else None,
+    }
 
 
 def _long_state(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
-from longpretrain.files import sha256
-from longpretrain.model import ModelConfig
+from longpretrain.files import read_json_object, sha256
+from longpretrain.model import ModelConfig, read_tensors
 
 RECORD_NAME = "conversion.json"
 STATE_NAME = "state.json"
@@ -63,15 +65,14 @@ def run_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_NAME
     if not path.is_file():
         return {}
-    try:
-        state = dict(json.loads(path.read_text(encoding="utf-8")))
-        files = {n: h for n, h in state.get("files", {}).items() if not n.startswith("optimizer")}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(
-            str(path), got=error, wanted="a checkpoint's state",
-            way_out="The checkpoint is damaged: take an older one.",
-        ) from error  # fmt: skip
+    way_out = "The checkpoint is damaged: take an older one."
+    state = read_json_object(path, way_out=way_out)
+    files = state.get("files", {})
+    if not isinstance(files, dict) or not all(isinstance(wanted, str) for wanted in files.values()):
+        raise InputError(str(path), got=f"files {files}", wanted="hashes by name", way_out=way_out)
     for name, wanted in files.items():
+        if name.startswith("optimizer"):
+            continue
         got = sha256(folder / name) if (folder / name).is_file() else "no file"
         if got != wanted:
             raise InputError(
@@ -79,6 +80,36 @@ def run_state(folder: Path) -> dict[str, Any]:
                 way_out="The file was altered or cut: take an older checkpoint.",
             )  # fmt: skip
     return state
+
+
+def finite_tensors(folder: Path) -> dict[str, Tensor]:
+    """The parameters of a model folder (``read_tensors``), all numbers.
+
+    Raises:
+        InputError: the folder does not hold a model, or one with NaN or infinity in it.
+    """
+    tensors = read_tensors(folder)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(
+                str(folder), got=f"NaN or infinity in {name}", wanted="finite weights",
+                way_out="Its training diverged, or the file is damaged: take an older one.",
+            )  # fmt: skip
+    return tensors
+
+
+def need_expressible(folder: Path, config: ModelConfig) -> None:
+    """Refuses a model that transformers' code for its format would compute otherwise.
+
+    Raises:
+        InputError: names all that is beyond it.
+    """
+    if config.beyond_hugging_face:
+        raise InputError(
+            f"model {folder}", got=" and ".join(config.beyond_hugging_face),
+            wanted="a model that Hugging Face's Longformer computes alike",
+            way_out="Its code cannot run this; use the folder with longpretrain.",
+        )  # fmt: skip
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -9,14 +9,21 @@ from typing import Any
 
 import yaml
 
-from longpretrain.convert.read import carry_tokenizer, has_tokenizer, model_folder, run_state
+from longpretrain.convert.read import (
+    carry_tokenizer,
+    finite_tensors,
+    has_tokenizer,
+    model_folder,
+    need_expressible,
+    run_state,
+)
 from longpretrain.convert.verify import VerifyReport, verify, why_no_transformers
 from longpretrain.data.shards import Manifest
 from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.files import fresh_folder
-from longpretrain.model import ModelConfig, copy_local_to_global, read_config, read_tensors
-from longpretrain.model.folder import write_model
+from longpretrain.model import ModelConfig, copy_local_to_global, read_config
+from longpretrain.model.folder import holds_a_model_only, write_model
 
 CARD_NAME = "README.md"
 _MARK = "<!-- longpretrain export -->"
@@ -37,7 +44,7 @@ def export(source: Path | str, target: Path | str, *, format: str = "hf") -> Ver
 
     Args:
         source: a run (its newest checkpoint is taken), a checkpoint, or a model folder.
-        target: the folder to make; an earlier export there is replaced.
+        target: the folder to make; an earlier export there, with no other files, is replaced.
         format: "hf".
 
     Returns:
@@ -45,7 +52,7 @@ def export(source: Path | str, target: Path | str, *, format: str = "hf") -> Ver
 
     Raises:
         InputError: a format that is not there yet, a model that Hugging Face's cannot express,
-            damaged files, or a target that is something else.
+            damaged files, weights that are not finite, or a target that is something else.
         RuntimeError: transformers computes something else; the message has the table.
     """
     if format != "hf":
@@ -55,9 +62,9 @@ def export(source: Path | str, target: Path | str, *, format: str = "hf") -> Ver
     source, target = Path(source), Path(target)
     folder = model_folder(source)
     config = read_config(folder)
-    _refuse_inexpressible(folder, config)
+    need_expressible(folder, config)
     state = run_state(folder)
-    tensors = read_tensors(folder)
+    tensors = finite_tensors(folder)
     if state.get("global_tokens") == "none":
         copy_local_to_global(tensors)
     with fresh_folder(target, belongs=_is_export) as fresh:
@@ -81,18 +88,11 @@ def export(source: Path | str, target: Path | str, *, format: str = "hf") -> Ver
     return report
 
 
-def _refuse_inexpressible(folder: Path, config: ModelConfig) -> None:
-    if config.beyond_hugging_face:
-        raise InputError(
-            f"export of {folder}", got=" and ".join(config.beyond_hugging_face),
-            wanted="a model that Hugging Face's Longformer computes alike",
-            way_out="Its format cannot express this; use the checkpoint with longpretrain.",
-        )  # fmt: skip
-
-
 def _is_export(folder: Path) -> bool:
     card = folder / CARD_NAME
-    return card.is_file() and _MARK in card.read_text(encoding="utf-8", errors="replace")
+    if not card.is_file() or not holds_a_model_only(folder):
+        return False
+    return _MARK in card.read_text(encoding="utf-8", errors="replace")
 
 
 def _front_matter(config: ModelConfig) -> str:

@@ -100,17 +100,12 @@ def prepare(
         raise InputError("workers", got=workers, wanted="1 or more", way_out="Set --workers.")
     files = find_inputs(inputs, documents)
     tokenizer = load_tokenizer(tokenizer_folder)
-    settings = {
-        "documents": "file" if documents == "auto" else documents,
-        "field": field,
-        "shard_bytes": str(shard_bytes),
-    }
+    kind = "file" if documents == "auto" else documents
+    settings = {"documents": kind, "field": field, "shard_bytes": str(shard_bytes)}
     done = _finished(out, files, settings, tokenizer)
     if done:
         return done
     reader = _Reader(files, documents, field)
-    total = sum(file.bytes for file in files)
-    empty_documents = 0
     with (
         fresh_folder(out, belongs=_is_corpus) as folder,
         _encoder(tokenizer, tokenizer_folder, workers) as encoder,
@@ -119,10 +114,9 @@ def prepare(
         ) as writer,
     ):
         for batch, encoded in encoder(reader.batches()):
-            empty_documents += _write(writer, encoded)
+            reader.empty_documents += _write(writer, encoded)
             if progress:
-                progress(batch.bytes_read, total)
-        reader.empty_documents += empty_documents
+                progress(batch.bytes_read, reader.total_bytes)
         manifest = _manifest(writer.finish(), reader, settings, tokenizer)
         manifest.write(folder)
     return manifest
@@ -174,6 +168,7 @@ class _Reader:
         self._documents: Documents = documents
         self._field = field
         self._bytes = self._bytes_before = 0
+        self.total_bytes = sum(file.bytes for file in files)
         self.sources: list[FileRecord] = []
         self.empty_documents = 0
 

@@ -369,7 +369,8 @@ def _shard_record(tree: object, dtype: str) -> ShardRecord:
     values = _checked(ShardRecord, tree)
     for key in ("bin", "idx"):
         values[key] = record = FileRecord(**_checked(FileRecord, values[key]))
-        if Path(record.name).name != record.name or set(record.name) & set("\\\0"):
+        is_plain = record.name not in ("", "..") and Path(record.name).name == record.name
+        if not is_plain or set(record.name) & set("\\\0"):
             raise ValueError(f"file name {record.name!r}, not that of a file in the folder")
     shard = ShardRecord(**values)
     sizes = shard.tokens * np.dtype(dtype).itemsize, 8 * (shard.documents + 1)
@@ -381,11 +382,11 @@ def _shard_record(tree: object, dtype: str) -> ShardRecord:
 def _checked(record: type, tree: object) -> dict[str, Any]:
     """The keys of a JSON object, once they are a record's and each of its type, else ValueError."""
     if not isinstance(tree, Mapping):
-        raise ValueError(f"a {type(tree).__name__} for a {record.__name__}")  # noqa: TRY004
+        raise ValueError(f"a {type(tree).__name__} for a {record.__name__}")
     wanted = {f.name: f for f in fields(record)}
     required = {n for n, f in wanted.items() if f.default is f.default_factory is MISSING}
     if tree.keys() - wanted.keys() or required - tree.keys():
-        raise ValueError(f"keys {', '.join(sorted(tree))} for a {record.__name__}")
+        raise ValueError(f"keys {sorted(tree)} for a {record.__name__}")
     for name, value in tree.items():
         kind = _JSON_TYPES[str(wanted[name].type)]
         if not isinstance(value, kind) or isinstance(value, bool):

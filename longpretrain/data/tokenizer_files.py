@@ -237,7 +237,9 @@ def _is_byte_level_bpe(tree: Mapping[str, Any]) -> bool:
 
 
 def _read_vocab_and_merges(folder: Path) -> TokenizerFiles:
-    vocab = {token: int(number) for token, number in read_json_object(folder / "vocab.json").items()}
+    vocab = {
+        token: int(number) for token, number in read_json_object(folder / "vocab.json").items()
+    }
     vocab |= _read_optional(folder / "added_tokens.json")
     decoder = _read_optional(folder / _CONFIG).get("added_tokens_decoder") or {}
     vocab |= {entry["content"]: int(number) for number, entry in decoder.items()}

@@ -22,7 +22,7 @@ from longpretrain.data.shards import Corpus
 from longpretrain.data.tokenizer import Tokenizer, load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.evaluate.held_out import HeldOut, TokenLosses, token_losses
-from longpretrain.files import write_atomically
+from longpretrain.files import read_json_object, write_atomically
 from longpretrain.model import LongformerForMaskedLM, load_model
 
 POSITION_BUCKET = 512
@@ -151,13 +151,15 @@ def evaluate(
         progress: called with (sequences done, sequences in all).
 
     Raises:
-        InputError: no such model or corpus, another tokenizer, or a length beyond the positions.
+        InputError: no such model or corpus, altered files, another tokenizer, or an argument out
+            of range, such as a length beyond the positions.
     """
     folder = None if isinstance(model, LongformerForMaskedLM) else find_model_folder(Path(model))
-    opened = Corpus.open(corpus)
     if tokenizer is None:
         assert folder is not None, "a model object needs its tokenizer beside it"
         tokenizer = load_tokenizer(folder)
+    # Every byte is looked at: a score of altered text would be a number like any other.
+    opened = Corpus.open(corpus, verify="sha256")
     opened.require_tokenizer(tokenizer.fingerprint, owner=f"model {folder or 'in memory'}")
     if global_tokens is None:
         global_tokens = _trained_global_tokens(folder)
@@ -255,7 +257,7 @@ def _trained_global_tokens(folder: Path | None) -> str:
     state = folder / "state.json" if folder is not None else None
     if state is None or not state.is_file():
         return "none"
-    return str(json.loads(state.read_text(encoding="utf-8")).get("global_tokens", "none"))
+    return str(read_json_object(state).get("global_tokens", "none"))
 
 
 def _score_lengths(

@@ -77,9 +77,20 @@ class ModelConfig:
 
     @property
     def beyond_hugging_face(self) -> tuple[str, ...]:
-        """What of it Hugging Face's Longformer does not compute, in words; empty: nothing."""
-        dilation = f"dilation {list(self.dilation)}" if set(self.dilation) - {1} else ""
-        return tuple(filter(None, (dilation, "causal attention" if self.causal else "")))
+        """What of it Hugging Face's Longformer does not compute, in words; empty: nothing.
+
+        It pads to a multiple of the largest window, and each layer cuts that into its own windows.
+        """
+        found = []
+        if set(self.dilation) - {1}:
+            found.append(f"dilation {list(self.dilation)}")
+        if self.causal:
+            found.append("causal attention")
+        largest = max(self.attention_window, default=0)
+        odd = sorted({window for window in self.attention_window if largest % window})
+        if odd:
+            found.append(f"windows {odd} that do not divide the largest, {largest}")
+        return tuple(found)
 
     def pattern(self, layer: int) -> AttentionPattern:
         """Who sees whom in one layer."""
@@ -144,22 +155,18 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(
-        self, tokens_BN: Tensor, padding_BN: Tensor | None, position_BN: Tensor | None
-    ) -> Tensor:
-        """Embeds tokens; without positions they count the tokens that are not padding."""
+    def forward(self, tokens_BN: Tensor, position_BN: Tensor | None) -> Tensor:
+        """Embeds tokens; without positions they count the tokens that are not <pad>."""
         if position_BN is None:
-            position_BN = self._positions(tokens_BN, padding_BN)
+            position_BN = self._positions(tokens_BN)
         x_BNC = self.word_embeddings(tokens_BN) + self.position_embeddings(position_BN)
         x_BNC = self.LayerNorm(x_BNC + self.token_type_embeddings.weight[0])
         out_BNC: Tensor = self.dropout(x_BNC)
         return out_BNC
 
-    def _positions(self, tokens_BN: Tensor, padding_BN: Tensor | None) -> Tensor:
-        if padding_BN is None:
-            first = self.pad_id + 1
-            return torch.arange(first, first + tokens_BN.shape[1], device=tokens_BN.device)
-        real_BN = (~padding_BN).long()
+    def _positions(self, tokens_BN: Tensor) -> Tensor:
+        # By the ids, whatever the mask says: so do fairseq and Hugging Face.
+        real_BN = tokens_BN.ne(self.pad_id).long()
         return real_BN.cumsum(1) * real_BN + self.pad_id
 
 
@@ -312,7 +319,7 @@ class Encoder(nn.Module):
         seeds = [dropout_seed_B] * self.config.num_layers
         if self.training and self.config.attention_dropout > 0 and dropout_seed_B is not None:
             seeds = [layer_seed(dropout_seed_B, n) for n in range(self.config.num_layers)]
-        x_BNC: Tensor = self.embeddings(tokens_BN, padding_BN, position_BN)
+        x_BNC: Tensor = self.embeddings(tokens_BN, position_BN)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, seed_B in zip(self.encoder.layer, seeds, strict=True):
             inputs = (x_BNC, padding_BN, document_BN, global_index_BG, seed_B)

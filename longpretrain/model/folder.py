@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -16,10 +17,16 @@ import torch
 from torch import Tensor
 
 from longpretrain.errors import InputError
-from longpretrain.files import fresh_folder
+from longpretrain.files import fresh_folder, read_json_object
 from longpretrain.model.encoder import ModelConfig
 from longpretrain.model.lm_head import LongformerForMaskedLM
-from longpretrain.model.weights import SHARD_BYTES, read_weights, write_weights
+from longpretrain.model.weights import (
+    INDEX_NAME,
+    SHARD_BYTES,
+    WEIGHTS_NAME,
+    read_weights,
+    write_weights,
+)
 
 CONFIG_NAME = "config.json"
 _ARCHITECTURES = {"longformer": "LongformerForMaskedLM", "roberta": "RobertaForMaskedLM"}
@@ -50,6 +57,14 @@ _FIXED = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
+# All that lies in a model folder of ours, so that replacing one deletes nobody's work.
+_OUR_FILES = {
+    CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, "README.md", "conversion.json",
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt",
+    "special_tokens_map.json", "added_tokens.json", "sentencepiece.bpe.model", "spiece.model",
+    "tokenizer.model",
+}  # fmt: skip
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _CHANGEABLE = (
     "attention_window", "dilation", "causal",
     "hidden_dropout", "attention_dropout", "attention_backend",
@@ -63,7 +78,9 @@ def read_config(folder: Path | str) -> ModelConfig:
         InputError: no such file, not JSON, a model type or an arithmetic that is not ours.
     """
     path = Path(folder) / CONFIG_NAME
-    tree = _read_json(path)
+    tree = read_json_object(
+        path, way_out="Give a folder that save_pretrained or longpretrain wrote."
+    )
     model_type = tree.get("model_type")
     if model_type not in _ARCHITECTURES:
         raise InputError(
@@ -152,13 +169,13 @@ def save_model(
 
     Args:
         model: a model, or its configuration and its tensors by their names in memory.
-        folder: made; a model folder that stands there is replaced.
+        folder: made; a model folder that stands there is replaced, unless other files lie in it.
         shard_bytes: largest size of one weights file, bytes.
 
     Raises:
-        InputError: the folder exists and is not a model's.
+        InputError: the folder exists and is not a model's, or holds more than a model.
     """
-    with fresh_folder(folder, belongs=is_model_folder) as fresh:
+    with fresh_folder(folder, belongs=holds_a_model_only) as fresh:
         write_model(model, fresh, shard_bytes=shard_bytes)
 
 
@@ -193,9 +210,12 @@ def read_tensors(folder: Path | str) -> dict[str, Tensor]:
     return read_weights(folder, read_config(folder))
 
 
-def is_model_folder(folder: Path) -> bool:
-    """Whether a folder has a `config.json`."""
-    return (folder / CONFIG_NAME).is_file()
+def holds_a_model_only(folder: Path) -> bool:
+    """Whether a folder has a `config.json`, and nothing that we would not have written there."""
+    return (folder / CONFIG_NAME).is_file() and all(
+        path.is_file() and (path.name in _OUR_FILES or _SHARD.fullmatch(path.name))
+        for path in folder.iterdir()
+    )
 
 
 def changed(config: ModelConfig, changes: Mapping[str, object]) -> ModelConfig:
@@ -252,16 +272,3 @@ def _number(path: Path, key: str, value: object, is_real: bool) -> int | float:
             way_out="Give a folder that save_pretrained or longpretrain wrote.",
         )  # fmt: skip
     return value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    way_out = "Give a folder that save_pretrained or longpretrain wrote."
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(str(path), got=error, wanted="a JSON file", way_out=way_out) from error
-    if not isinstance(tree, dict):
-        raise InputError(
-            str(path), got=type(tree).__name__, wanted="keys and values", way_out=way_out
-        )
-    return tree

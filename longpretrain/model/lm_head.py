@@ -77,9 +77,10 @@ class LongformerForMaskedLM(nn.Module):
 
         Args:
             tokens_BN: int64 ids.
-            padding_BN: bool, True = padding. None: no padding.
+            padding_BN: bool, True = padding, which no token attends to. None: no padding.
             position_BN: int64 rows of the position table, the first real one being pad_id + 1
-                (``position_ids`` of Hugging Face). None: counted over what is not padding.
+                (``position_ids`` of Hugging Face). None: counted over the ids that are not
+                pad_id, whatever padding_BN says; so does Hugging Face.
             document_BN: int32 document numbers; attention stays inside a document.
             global_index_BG: int32 positions of the global tokens, -1 = unused slot. None: none are.
             predict_index_M: int64 indices into the B*N tokens; the head runs on these alone.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from longpretrain.errors import InputError
-from longpretrain.files import save_tensors
+from longpretrain.files import read_json_object, save_tensors
 from longpretrain.model.encoder import ModelConfig
 from longpretrain.model.lm_head import LongformerForMaskedLM
 
@@ -152,13 +153,12 @@ def _weight_files(folder: Path) -> list[tuple[Path, set[str] | None]]:
 
 
 def _indexed(index: Path) -> list[tuple[Path, set[str] | None]]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files: dict[str, set[str]] = {}
-        for name, file_name in weight_map.items():
-            files.setdefault(file_name, set()).add(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        _fail(index, repr(error), "an index with a weight_map", _AGAIN)
+    weight_map = read_json_object(index, way_out=_AGAIN).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        _fail(index, "none", "a weight_map of tensors and file names", _AGAIN)
+    files: dict[str, set[str]] = {}
+    for name, file_name in weight_map.items():
+        files.setdefault(file_name, set()).add(name)
     for file_name in files:
         if Path(file_name).name != file_name or not (index.parent / file_name).is_file():
             _fail(index, f"no file {file_name} beside it", "every shard that it lists", _AGAIN)
@@ -179,8 +179,10 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        _fail(path, reason, "tensors and nothing else", "Save it again as model.safetensors.")
+        # torch's own text advises to let the file run code; only the name in it is of use.
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        got = f"more than tensors ({named[1]})" if named else "something else than tensors"
+        _fail(path, got, "tensors and nothing else", "Save it again as model.safetensors.")
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         size = f"{path.stat().st_size:,} bytes that do not read ({error})"
         _fail(path, size, "a whole file of torch.save", _AGAIN)
@@ -197,9 +199,18 @@ def _untied(folder: Path, found: dict[str, Tensor]) -> dict[str, Tensor]:
         if twin not in found:
             continue
         tensor = found.pop(twin)
-        if not torch.equal(found.setdefault(first, tensor), tensor):
+        if not _are_twins(found.setdefault(first, tensor), tensor):
             _fail(folder, f"{twin} unlike {first}", "tied weights", "Untied decoders are not read.")
     return found
+
+
+def _are_twins(one: Tensor, two: Tensor) -> bool:
+    """Whether values are equal in the narrower of the two types; NaN equals NaN."""
+    if one.shape != two.shape:
+        return False
+    narrow = min(one.dtype, two.dtype, key=lambda dtype: dtype.itemsize)
+    one, two = one.to(narrow), two.to(narrow)
+    return torch.equal(one, two) or torch.allclose(one, two, rtol=0, atol=0, equal_nan=True)
 
 
 def _some(names: Mapping[str, object] | set[str] | list[str]) -> str:
