@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
 from collections.abc import Iterator
@@ -499,11 +500,12 @@ class _NoHostValues(TorchFunctionMode):
 @BOTH_WAYS
 @pytest.mark.parametrize("causal", [False, True], ids=["both_sides", "causal"])
 def test_no_value_is_looked_at_and_nothing_copied_to_the_device(
-    causal: bool, backward: bool
+    causal: bool, backward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under fake tensors any step that depends on a value raises. The device is meta, since a build
-    of PyTorch without CUDA cannot index fake CUDA tensors.
+    of PyTorch without CUDA cannot index fake CUDA tensors; it knows no autocast.
     """
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     with FakeTensorMode(), _NoHostTensors(), _NoHostValues():
         *tensors, window, dilations, _, drop, scale, offset = _operands(300, 20, device="meta")
         tensors[6] = torch.zeros(1, 300, dtype=torch.bool, device="meta")
