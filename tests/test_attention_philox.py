@@ -82,3 +82,10 @@ def test_bytes_are_uniform() -> None:
     expected = counts.sum() / 256
     # 255 degrees of freedom: a chi-square above 330 has a probability of about 1 in 1,000.
     assert ((counts - expected) ** 2 / expected).sum() < 330
+
+
+def test_blocks_are_cut_as_the_bits_are() -> None:
+    """The portable backend draws whole calls: its rows of keys are filled to the keys of one."""
+    from longpretrain.attention.softmax import SIXTEEN
+
+    assert philox.KEYS_PER_CALL == SIXTEEN

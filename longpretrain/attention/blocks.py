@@ -33,7 +33,6 @@ from longpretrain.attention import philox
 from longpretrain.attention.softmax import NOTHING, SIXTEEN, Keys, Source, Work
 
 _ALL = slice(None)
-assert philox.KEYS_PER_CALL == SIXTEEN
 
 
 @dataclass(frozen=True)
