@@ -172,7 +172,8 @@ def batch(tmp_path: Path) -> Callable[..., tuple[int, str]]:
 
     def submit(state: str | None, *words: str, restarts: int = 0) -> tuple[int, str]:
         notes.write_text("")
-        writes = f'mkdir -p run; echo \'{{\n "state": "{state}"}}\' > run/status.json'
+        # Ranks take seconds, and file times tick in milliseconds.
+        writes = f'sleep 0.1; mkdir -p run; echo \'{{\n "state": "{state}"}}\' > run/status.json'
         for path, text in (
             ("launch.sh", f'echo "launch $*" >> notes; {writes if state else "exit 2"}'),
             (".venv/bin/scontrol", f'echo "scontrol $*" >> {notes}'),
