@@ -7,7 +7,7 @@ INSTALL := VIRTUAL_ENV="$(CURDIR)/$(VENV)" UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(U
 LOCKS := install/requirements.lock install/fairseq.lock
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup demo test check lock clean
+.PHONY: help setup demo test exactness golden check lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -20,6 +20,12 @@ demo: setup  ## the main job on real text: short model -> 4,096 tokens -> pretra
 
 test: setup check  ## everything a 2-core CPU machine can check
 	python -m pytest
+
+exactness: setup  ## every trainer, stage, rank count, resume and launcher compared; writes docs/exactness.md (25 minutes)
+	PYTHONPATH=tests python -m exactness docs/exactness.md
+
+golden: setup  ## write tests/golden/ anew, after a change that is meant to change the numbers
+	PYTHONPATH=tests python -m exactness.golden --write
 
 check: setup  ## lint, format, types, shell scripts
 	ruff check .

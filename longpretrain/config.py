@@ -159,6 +159,8 @@ class LogConfig:
     """Updates between lines on the console; metrics.jsonl has every update."""
     tensorboard: bool = True
     """Also write TensorBoard events into the run folder."""
+    sample_ids: bool = False
+    """Also write into metrics.jsonl which sequences each update took, by identity and in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +216,7 @@ MAY_CHANGE = (
     "evaluate.batches",
     "log.every_steps",
     "log.tensorboard",
+    "log.sample_ids",
 )
 
 

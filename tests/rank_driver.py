@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 tests/rank_driver.py COMMANDS.json
 
 COMMANDS is a list of {"arguments": [...], "stop_after": step or null}. With ``stop_after`` the
-process sends itself SIGUSR1, as Slurm would, when metrics.jsonl shows that step. Prints one line
-``exit codes [...]`` per rank.
+process sends itself SIGUSR1, as Slurm would, when metrics.jsonl shows that step. Rank 0 leaves its
+exit codes in COMMANDS.codes.
 """
 
 from __future__ import annotations
@@ -55,5 +55,7 @@ def drive(commands: list[dict[str, object]]) -> list[int]:
 
 
 if __name__ == "__main__":
-    exit_codes = drive(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    print(f"rank {os.environ['RANK']} exit codes {exit_codes}", flush=True)
+    listing = Path(sys.argv[1])
+    exit_codes = drive(json.loads(listing.read_text(encoding="utf-8")))
+    if os.environ["RANK"] == "0":
+        listing.with_suffix(".codes").write_text(json.dumps(exit_codes), encoding="utf-8")

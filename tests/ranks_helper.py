@@ -49,6 +49,7 @@ def drive(folder: Path, ranks: int, commands: Sequence[dict[str, Any]]) -> Finis
     folder.mkdir(parents=True, exist_ok=True)
     listing = folder / "commands.json"
     listing.write_text(json.dumps(list(commands)), encoding="utf-8")
+    listing.with_suffix(".codes").unlink(missing_ok=True)
     finished = subprocess.run(
         [
             sys.executable,
@@ -65,9 +66,10 @@ def drive(folder: Path, ranks: int, commands: Sequence[dict[str, Any]]) -> Finis
         check=False,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     output = finished.stdout + finished.stderr
-    marks = [line for line in output.splitlines() if line.startswith("rank 0 exit codes")]
-    assert marks, f"rank 0 did not end (exit code {finished.returncode}):\n{output[-4000:]}"
-    return Finished(json.loads(marks[0].removeprefix("rank 0 exit codes ")), output)
+    codes = listing.with_suffix(".codes")
+    ended = codes.is_file()
+    assert ended, f"rank 0 did not end (exit code {finished.returncode}):\n{output[-4000:]}"
+    return Finished(json.loads(codes.read_text(encoding="utf-8")), output)

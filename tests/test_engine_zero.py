@@ -137,12 +137,36 @@ def test_clipping_is_torchs(stage: int) -> None:
         torch.testing.assert_close(engine.full_state(name, "exp_avg"), moment, atol=1e-6, rtol=1e-4)
 
 
-def test_frozen_parameters_are_not_decayed() -> None:
-    engine = start("fp32", 1, weight_decay=0.5)
-    assert "unused.weight" not in engine.trained_names
-    before = dict(engine.module.named_parameters())["unused.weight"].detach().clone()
+@pytest.mark.parametrize(("precision", "stage"), PAIRS)
+def test_starting_takes_no_hidden_step(precision: str, stage: int) -> None:
+    """DeepSpeed in bf16 at stage 0 decays the weights and counts an update before the first one."""
+    torch.manual_seed(0)
+    exact = {name: p.detach().clone() for name, p in Small().named_parameters()}
+    engine = start(precision, stage, weight_decay=0.5)
+    engine.set_weights(exact.__getitem__)
+    assert engine.updates_applied == 0
+    assert same(weights(engine), {name: exact[name] for name in engine.trained_names})
+    for name in engine.trained_names:
+        for key in zero.MOMENTS:
+            assert not engine.full_state(name, key).any()
     update(engine)
-    assert torch.equal(before, dict(engine.module.named_parameters())["unused.weight"])
+    assert engine.updates_applied == 1
+
+
+@pytest.mark.parametrize(("precision", "stage"), PAIRS)
+def test_frozen_parameters_are_not_decayed(precision: str, stage: int) -> None:
+    engine = start(precision, stage, weight_decay=0.5)
+    frozen = dict(engine.module.named_parameters())["unused.weight"]
+    assert "unused.weight" not in engine.trained_names
+
+    def whole() -> torch.Tensor:
+        # Stage 3 shards what is frozen as well; alone, a rank's shard is all of it.
+        return getattr(frozen, "ds_tensor", frozen).detach().clone()
+
+    before = whole()
+    assert before.abs().max() > 0
+    update(engine)
+    assert torch.equal(before, whole())
 
 
 @pytest.mark.parametrize(("precision", "stage"), PAIRS)

@@ -7,7 +7,12 @@ from torch import nn
 
 from longpretrain.config import OptimConfig, ScheduleConfig
 from longpretrain.recipe import load_recipe
-from longpretrain.schedule import learning_rate, parameter_groups
+from longpretrain.schedule import (
+    hidden_dropout_seed,
+    learning_rate,
+    parameter_groups,
+    update_numbers,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,3 +50,24 @@ def test_groups_leave_out_frozen_parameters() -> None:
     assert [len(group["params"]) for group in everything] == [4]  # type: ignore[arg-type]
     split = parameter_groups(model.named_parameters(), OptimConfig(decay_excludes=("bias",)))
     assert [(len(g["params"]), g["weight_decay"]) for g in split] == [(2, 0.01), (2, 0.0)]  # type: ignore[arg-type]
+
+
+def test_dropout_seed_is_written_in_stone() -> None:
+    """A resumed run of an older version must drop what it would have dropped."""
+    assert hidden_dropout_seed(1, 1, 0) == 8808624845316746442
+    seeds = {hidden_dropout_seed(s, u, r) for s in (1, 2) for u in range(1, 50) for r in range(4)}
+    assert len(seeds) == 2 * 49 * 4
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_updates_take_the_samples_in_turn() -> None:
+    """Two ranks, two micro-batches of two: micro-batches interleave the ranks."""
+
+    def numbers(update: int, rank: int) -> list[range]:
+        return update_numbers(
+            update, global_sequences=8, micro_sequences=2, accumulation=2, world_size=2, rank=rank
+        )
+
+    assert numbers(1, 0) == [range(0, 2), range(4, 6)]
+    assert numbers(1, 1) == [range(2, 4), range(6, 8)]
+    assert numbers(3, 1) == [range(18, 20), range(22, 24)]

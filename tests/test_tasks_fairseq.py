@@ -1,14 +1,14 @@
-"""The fairseq plugin: through stock fairseq-train in other processes, and piece by piece here."""
+"""The fairseq plugin: through stock fairseq-train in other processes, and piece by piece here.
+
+That it trains as our engine does: test_exactness.py.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from exactness.fairseq_runs import start_ranks
 from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed import utils as distributed_utils
@@ -122,32 +123,13 @@ class Run:
         return [float(update[key]) for update in self.updates]
 
 
-def fairseq_train(argv: list[str], save_dir: Path, ranks: int = 1) -> Run:
-    command = [str(Path(sys.executable).with_name("fairseq-train")), *argv]
-    command += ["--save-dir", str(save_dir)]
-    if ranks > 1:
-        command += ["--distributed-world-size", str(ranks), "--distributed-no-spawn"]
-        command += ["--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp"]
-        command += ["--distributed-init-method", f"file://{save_dir}.rendezvous"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            command + (["--distributed-rank", str(rank)] if ranks > 1 else []),
-            cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    try:
-        texts = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * ranks, texts[0][-4000:]
-    lines = [line.split(" | ") for line in texts[0].splitlines()]
+def fairseq_train(argv: list[str], save_dir: Path) -> Run:
+    (text,) = start_ranks([*argv, "--save-dir", str(save_dir)], save_dir, 1)
+    lines = [line.split(" | ") for line in text.splitlines()]
     updates = [json.loads(line[3]) for line in lines if line[2:3] == ["train_inner"]]
     # What torch refuses here, stock fairseq could not resume from.
     checkpoint = torch.load(save_dir / "checkpoint_last.pt", weights_only=True)
-    return Run(updates, checkpoint, texts[0])
+    return Run(updates, checkpoint, text)
 
 
 def setup(argv: list[str]) -> SimpleNamespace:
@@ -190,44 +172,6 @@ def test_five_updates_and_resume(shards: Path, tmp_path: Path) -> None:
         assert first.numbers(key) + second.numbers(key) == whole.numbers(key), key
     for name, tensor in whole.checkpoint["model"].items():
         assert torch.equal(tensor, second.checkpoint["model"][name]), name
-
-
-@pytest.mark.parametrize("ranks", [1, 2], ids=["1 rank x 2", "2 ranks x 1"])
-def test_losses_of_a_plain_loop(
-    ranks: int, shards: Path, model_folder: Path, tmp_path: Path
-) -> None:
-    """fp32, no dropout: three updates by fairseq are three updates by ten lines of torch."""
-    argv = arguments(
-        shards, **NO_SIZES, arch="longformer", model_path=model_folder, attention_window=None,
-        update_freq=GLOBAL // (MICRO * ranks), max_update=3, clip_norm=1.0,
-    )  # fmt: skip
-    run = fairseq_train(argv, tmp_path / "run", ranks)
-
-    task, model = core_task(shards, model_folder), load_model(model_folder).train()
-    model.freeze_global_projections()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optim = OptimConfig()
-    adamw = torch.optim.AdamW(
-        trained, betas=(0.9, 0.98), eps=optim.eps, weight_decay=optim.weight_decay
-    )
-    expected = []
-    for update in range(1, 4):
-        batch = task.collate(
-            [task.sample(n) for n in range((update - 1) * GLOBAL, update * GLOBAL)]
-        )
-        loss = task.loss(model, batch) / task.count(batch)
-        expected.append(loss.item() / math.log(2))
-        adamw.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        for group in adamw.param_groups:
-            group["lr"] = learning_rate(update, PEAK, SCHEDULE)
-        adamw.step()
-    assert run.numbers("loss") == pytest.approx(expected, rel=1e-5)
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(
-            run.checkpoint["model"][f"model.{name}"], tensor, rtol=1e-4, atol=2e-5, msg=name
-        )
 
 
 @pytest.mark.parametrize(

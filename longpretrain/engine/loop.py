@@ -8,9 +8,8 @@ on how the batch was cut into ranks and micro-batches.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from longpretrain.engine.zero import StepResult, ZeroEngine
 from longpretrain.errors import InputError
 from longpretrain.ranks import Ranks
 from longpretrain.report.metrics import MetricsLog
-from longpretrain.schedule import learning_rate
+from longpretrain.schedule import hidden_dropout_seed, learning_rate, update_numbers
 
 MAX_SKIPPED_IN_A_ROW = 20
 
@@ -135,13 +134,16 @@ def train(
             started = time.monotonic()
             micro_batches = batches.get(step)
             waited_s = time.monotonic() - started
-            _seed_dropout(config.run.seed, step, ranks.rank)
+            torch.manual_seed(hidden_dropout_seed(config.run.seed, step, ranks.rank))
             rate = learning_rate(step, config.optim.lr, config.schedule)
             engine.set_learning_rate(rate)
             update = _update(engine, task, micro_batches, device, stop)
             progress.advance(config, applied=update.result.applied)
-            measured = {"step_s": time.monotonic() - started, "data_wait_s": waited_s}
-            _log_update(metrics, task, progress, update, measured | {"lr": rate})
+            more: dict[str, object] = {"lr": rate, "data_wait_s": waited_s}
+            if config.log.sample_ids:
+                more["sample_ids"] = _gather_sample_ids(task, micro_batches)
+            more["step_s"] = time.monotonic() - started
+            _log_update(metrics, task, progress, update, more)
             skipped_in_a_row = 0 if update.result.applied else skipped_in_a_row + 1
             _check_skipped(skipped_in_a_row, step)
             if evaluate and _is_due(step, config.evaluate.every_steps, total):
@@ -164,12 +166,14 @@ def _start(
     accumulation: int,
     resume_from: Path | None,
 ) -> tuple[ZeroEngine, _Progress]:
-    # DeepSpeed makes its fp32 masters from the rounded copies: keep the exact ones to set after.
-    exact = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    engine = ZeroEngine(model.to(device), config, accumulation=accumulation)
+    exact: dict[str, torch.Tensor] = {}
     if config.precision != "fp32":
+        # DeepSpeed makes its fp32 masters from the rounded copies: keep the exact ones to set after
+        exact = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    engine = ZeroEngine(model.to(device), config, accumulation=accumulation)
+    if exact:
         engine.set_weights(exact.__getitem__)
-    del exact
+        exact.clear()
     engine.train()
     if resume_from is None:
         return engine, _Progress()
@@ -220,12 +224,18 @@ def _sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return [float(value) for value in vector.tolist()]
 
 
-def _seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Hidden dropout draws from torch's generator: the same numbers whether a run was resumed or
-    not.
+def _gather_sample_ids(task: Task, micro_batches: list[Batch]) -> list[int]:
+    """Ids of the samples that every rank really collated for one update, in the order of their
+    numbers.
     """
-    digest = hashlib.sha256(f"dropout {seed} {step} {rank}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    everyone: list[list[list[int]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, [task.sample_ids(batch) for batch in micro_batches])
+    return [
+        found
+        for number in range(len(micro_batches))
+        for of_rank in everyone
+        for found in of_rank[number]
+    ]
 
 
 def _checkpoint_due(config: Config, step: int, saved_at: float) -> bool:
@@ -254,7 +264,7 @@ def _check_skipped(in_a_row: int, step: int) -> None:
 
 
 def _log_update(
-    metrics: MetricsLog, task: Task, progress: _Progress, update: _Update, more: dict[str, float]
+    metrics: MetricsLog, task: Task, progress: _Progress, update: _Update, more: dict[str, object]
 ) -> None:
     metrics.report(
         {
@@ -328,19 +338,17 @@ class _Prefetch:
         """This rank's micro-batches of update ``step``; starts on those of the next."""
         ready = self._next if self._next and self._next[0] == step else None
         batches = ready[1].result() if ready else self._collate(step)
-        self._next = (step + 1, self._pool.submit(self._collate, step + 1))
+        if step < self._config.schedule.total_steps:
+            self._next = (step + 1, self._pool.submit(self._collate, step + 1))
         return batches
 
     def _collate(self, step: int) -> list[Batch]:
-        numbers = self._numbers(step)
+        numbers = update_numbers(
+            step,
+            global_sequences=self._config.batch.global_sequences,
+            micro_sequences=self._config.batch.micro_sequences,
+            accumulation=self._accumulation,
+            world_size=self._ranks.world_size,
+            rank=self._ranks.rank,
+        )
         return [self._task.collate([self._task.sample(n) for n in group]) for group in numbers]
-
-    def _numbers(self, step: int) -> Iterator[range]:
-        """Update ``step`` owns the next ``global_sequences`` numbers; micro-batches interleave
-        the ranks.
-        """
-        micro = self._config.batch.micro_sequences
-        first = (step - 1) * self._config.batch.global_sequences
-        for number in range(self._accumulation):
-            start = first + (number * self._ranks.world_size + self._ranks.rank) * micro
-            yield range(start, start + micro)

@@ -34,6 +34,10 @@ class Task(Protocol):
         """Input tokens in the batch, padding excluded."""
         ...
 
+    def sample_ids(self, batch: Batch) -> list[int]:
+        """Which samples a batch holds: 64-bit identities that no rank or order changes."""
+        ...
+
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """The loss in nats, summed over the batch's predictions, fp32."""
         ...

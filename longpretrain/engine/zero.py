@@ -5,6 +5,7 @@ What is ours here and not left to DeepSpeed (0.19.8; each has a test):
 * Master weights start from the folder's fp32 values. DeepSpeed starts them from the rounded bf16
   copy.
 * Moments are restored through its per-parameter functions, so stage and world size may change.
+  Its stage 3 cannot take a whole tensor whose size is no multiple of the number of ranks.
 * A non-finite gradient is never applied. DeepSpeed does apply one in fp32 at stage 0.
 * Only parameters that train are handed over: others would be decayed.
 * bf16 at stage 0 is refused: it runs a hidden optimizer step when it starts.
@@ -30,8 +31,9 @@ import torch.distributed
 from torch import nn
 
 from longpretrain.config import Config
+from longpretrain.engine.meeting import meet
 from longpretrain.errors import InputError
-from longpretrain.ranks import Ranks, publish
+from longpretrain.ranks import Ranks, free_port, publish
 from longpretrain.schedule import parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -131,10 +133,19 @@ def check_precision(config: Config, device: torch.device) -> None:
         )
 
 
-def start_ranks(ranks: Ranks, device: torch.device) -> None:
-    """Joins the process group (gloo on CPUs, nccl on GPUs); also for a run of one rank."""
+def start_ranks(
+    ranks: Ranks, device: torch.device, is_stopped: Callable[[], bool] = lambda: False
+) -> None:
+    """Joins the process group (gloo on CPUs, nccl on GPUs); also for a run of one rank.
+
+    Raises:
+        InputError: ranks that do not fit together, or that did not come.
+        KeyboardInterrupt: ``is_stopped`` (a signal asked to stop) before all ranks were there.
+    """
     local_rank = device.index if device.type == "cuda" else ranks.local_rank
-    publish(dataclasses.replace(ranks, local_rank=local_rank), os.environ)
+    port = ranks.master_port or free_port()
+    ranks = dataclasses.replace(ranks, local_rank=local_rank, master_port=port)
+    publish(ranks, os.environ)
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     deepspeed = _deepspeed()
@@ -142,7 +153,9 @@ def start_ranks(ranks: Ranks, device: torch.device) -> None:
     # rank where there is no compiler. gloo alone does the job.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
+    store = None if torch.distributed.is_initialized() else meet(ranks, is_stopped)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    del store  # until here it kept the port: the group meets in it, too
 
 
 def stop_ranks() -> None:
@@ -259,13 +272,15 @@ class ZeroEngine:
         """Sets every master weight, in fp32, from ``read(name)``. The working copies were loaded
         from the same.
         """
-        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         for name, parameter in self._parameters.items():
             value = read(name).to(parameter.device, torch.float32)
             if self.stage == 0:
                 with torch.no_grad():
                     parameter.copy_(value)
+            elif self.stage == 3:
+                safe_set_local_fp32_param(parameter, _own_part(parameter, value))
             else:
                 safe_set_full_fp32_param(parameter, value)
 
@@ -273,7 +288,7 @@ class ZeroEngine:
         """Sets both moments of every parameter from ``read(name, key)``, as after ``updates``
         updates.
         """
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         self._create_moments(updates)
         for name, parameter in self._parameters.items():
@@ -281,6 +296,8 @@ class ZeroEngine:
                 value = read(name, key).to(parameter.device)
                 if self.stage == 0:
                     self._adam.state[parameter][key].copy_(value)
+                elif self.stage == 3:
+                    safe_set_local_optimizer_state(parameter, _own_part(parameter, value), key)
                 else:
                     safe_set_full_optimizer_state(parameter, value, key)
 
@@ -331,6 +348,20 @@ def _settings_of_recipe(config: Config, accumulation: int) -> dict[str, Any]:
     elif config.precision == "fp16":
         settings["fp16"] = {"enabled": True}
     return settings
+
+
+def _own_part(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a whole tensor at stage 3, padded as DeepSpeed pads.
+
+    Its function for whole tensors cuts them unpadded and fails where the number of elements, such
+    as the 50,265 of RoBERTa's output bias, is no multiple of the number of ranks.
+    """
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    group = parameter.ds_process_group  # type: ignore[attr-defined]
+    ranks, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    flat = value.flatten()
+    padded = nn.functional.pad(flat, (0, size * ranks - flat.numel()))
+    return padded.narrow(0, size * rank, size)
 
 
 def _is_finite(number: float) -> bool:

@@ -30,10 +30,11 @@ from longpretrain.report.console import Console, duration_text
 
 DETERMINISTIC = (
     "kind", "name", "step", "epoch", "samples", "loss", "bits", "lr", "grad_norm",
-    "masked_tokens", "tokens", "skipped",
+    "masked_tokens", "tokens", "skipped", "sample_ids",
 )  # fmt: skip
-"""Fields that repeat exactly: loss in nats per masked token, tokens and masked_tokens of that
-update, samples and skipped (updates without effect) since the run began."""
+"""Fields that repeat exactly: loss in nats per masked token, tokens, masked_tokens and (if
+``log.sample_ids``) the sequences of that update, samples and skipped (updates without effect) since
+the run began."""
 MEASURED = (
     "time", "step_s", "tokens_per_s", "data_wait_s", "memory_peak_mb", "mfu", "evaluation_s",
 )  # fmt: skip

@@ -1,8 +1,5 @@
-"""The numbered samples of a task, dealt to fairseq's trainer in the order of our own engine.
-
-With S sequences per update (ranks x micro-batches x micro-batch size), update u = 1, 2, ... takes
-the samples [(u - 1) S, u S), and micro-batch a of rank r is number a W + r of them, W being the
-number of ranks. So the place in the data is one integer, whatever the number of ranks and workers.
+"""The numbered samples of a task, dealt to fairseq's trainer in the order of our own engine
+(``schedule.update_numbers``).
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ from fairseq.data.iterators import CountingIterator, EpochBatchIterating
 from torch.utils.data import DataLoader
 
 from longpretrain.errors import InputError
+from longpretrain.schedule import update_numbers
 from longpretrain.tasks.masked_lm import MaskedLMTask, Sample
 
 
@@ -78,12 +76,16 @@ class UpdatePlan:
         return (self.last - self.first) * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        micro = self.micro_sequences
         for update in range(self.first, self.last):
-            for number in range(self.accumulation):
-                turn = number * self.num_ranks + self.rank
-                start = update * self.global_sequences + turn * micro
-                yield list(range(start, start + micro))
+            groups = update_numbers(
+                update + 1,
+                global_sequences=self.global_sequences,
+                micro_sequences=self.micro_sequences,
+                accumulation=self.accumulation,
+                world_size=self.num_ranks,
+                rank=self.rank,
+            )
+            yield from (list(group) for group in groups)
 
 
 class TrainIterator(EpochBatchIterating):  # type: ignore[misc]

@@ -35,6 +35,7 @@ from omegaconf import II, MISSING
 from longpretrain.config import Config, DataConfig, MaskingConfig
 from longpretrain.errors import InputError
 from longpretrain.recipe import from_tree
+from longpretrain.schedule import hidden_dropout_seed
 from longpretrain.tasks import fairseq_model, fairseq_optim
 from longpretrain.tasks.fairseq_batches import HeldOutIterator, NumberedSamples, TrainIterator
 from longpretrain.tasks.masked_lm import MaskedLMTask
@@ -84,6 +85,8 @@ class LongMaskedLMTask(FairseqTask):  # type: ignore[misc]
     def __init__(self, cfg: Any, **kwargs: Any) -> None:
         super().__init__(cfg, **kwargs)
         self._model: fairseq_model.LongformerModel | None = None
+        self._seeded_update: int | None = None
+        self._rank = 0
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         """The model of ``--arch`` (fairseq builds it before it loads data).
@@ -166,6 +169,7 @@ class LongMaskedLMTask(FairseqTask):  # type: ignore[misc]
                 rank=shard_id,
                 num_workers=num_workers,
             )
+        self._rank = shard_id
         iterator = TrainIterator(
             dataset,
             epoch=epoch,
@@ -178,6 +182,20 @@ class LongMaskedLMTask(FairseqTask):  # type: ignore[misc]
         # The task keys attention dropout by the update that a sample belongs to.
         assert iterator.global_sequences == dataset.task.config.batch.global_sequences
         return iterator
+
+    def train_step(
+        self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, *rest: Any,
+        **named: Any,
+    ) -> Any:  # fmt: skip
+        """Forward and backward of one micro-batch, hidden dropout seeded as in our engine.
+
+        fairseq seeds torch's generator with ``seed + updates done`` at the start of every update,
+        alike on all ranks; this replaces it before the update's first micro-batch.
+        """
+        if update_num != self._seeded_update:
+            self._seeded_update = update_num
+            torch.manual_seed(hidden_dropout_seed(self.cfg.seed, update_num + 1, self._rank))
+        return super().train_step(sample, model, criterion, optimizer, update_num, *rest, **named)
 
     def has_sharded_data(self, split: str) -> bool:
         """DATA is one folder, whatever characters its name has."""

@@ -54,6 +54,7 @@ class Sample:
     targets_M: np.ndarray
     global_G: np.ndarray | None
     dropout_seed: int
+    sample_id: int
 
 
 def model_changes(config: Config) -> dict[str, object]:
@@ -185,6 +186,7 @@ class MaskedLMTask:
             targets_M=tokens_N[positions_M],
             global_G=global_positions(tokens_N, self._global_tokens) if self._has_global else None,
             dropout_seed=hash64(seed, _DROPOUT, identity, update),
+            sample_id=identity,
         )
 
     def collate(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
@@ -198,11 +200,13 @@ class MaskedLMTask:
             tokens_BN[row, : lengths[row]] = sample.tokens_N
         index_M = [row * longest + sample.positions_M for row, sample in enumerate(samples)]
         seeds_B = np.array([sample.dropout_seed for sample in samples], dtype=np.uint64)
+        ids_B = np.array([sample.sample_id for sample in samples], dtype=np.uint64)
         batch = {
             "tokens_BN": torch.from_numpy(tokens_BN),
             "predict_index_M": torch.from_numpy(np.concatenate(index_M)),
             "targets_M": torch.from_numpy(np.concatenate([s.targets_M for s in samples])),
             "dropout_seed_B": torch.from_numpy(seeds_B.view(np.int64)),
+            "sample_id_B": torch.from_numpy(ids_B.view(np.int64)),
             "length_B": torch.tensor(lengths),
         }
         if min(lengths) < longest:
@@ -221,6 +225,11 @@ class MaskedLMTask:
     def tokens(batch: Mapping[str, torch.Tensor]) -> int:
         """Input tokens of a batch, padding excluded."""
         return int(batch["length_B"].sum())
+
+    @staticmethod
+    def sample_ids(batch: Mapping[str, torch.Tensor]) -> list[int]:
+        """Corpus and block of each sequence, as one number (``Blocks.sample_id``)."""
+        return [int(found) for found in batch["sample_id_B"].cpu().numpy().view(np.uint64)]
 
     @staticmethod
     def loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

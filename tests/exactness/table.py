@@ -41,7 +41,7 @@ def within(
         section=section,
         cell=cell,
         against=against,
-        wanted=f"<= {at:.0e} relative".replace("e-0", "e-"),
+        wanted=f"<= {at:.2g} relative".replace("e-0", "e-"),
         measured="equal" if difference == 0 else f"{difference:.1e}",
         ok=difference <= at,
     )
