@@ -15,35 +15,30 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeAlias
 
-from longpretrain.errors import InputError
-
-BAD_INPUT = 2
-INTERRUPTED = 1
+from longpretrain.terminal import FAILED, Parser, check_encoding, exit_code, open_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns its exit code: 0 done, 2 bad input, 75 preempted, 1 anything
-    else.
-    """
+    """Runs one verb and returns its exit code: 0 done, 2 bad input, 75 preempted, 1 all else."""
+    open_streams()
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    # argparse gives up on key=value after a flag (RECIPE --fresh key=value); they are welcome
-    # there.
+    words = sys.argv[1:] if arguments is None else arguments
+    options, rest = parser.parse_known_args(words)
+    # argparse gives up on key=value after a flag (RECIPE --fresh key=value): it is welcome there.
     if rest and (options.verb != "train" or any(word.startswith("-") for word in rest)):
-        parser.error(f"unknown arguments: {' '.join(rest)}; see longpretrain {options.verb} --help")
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides = [*getattr(options, "overrides", ()), *rest]
-    run: Callable[[argparse.Namespace], int] = options.run
+
+    def run() -> int:
+        check_encoding(words)
+        return int(options.run(options))
+
     before = signal.signal(signal.SIGTERM, _end)
     try:
-        return run(options)
-    except InputError as error:
-        rank = os.environ.get("RANK", "0")
-        place = f" (rank {rank})" if rank != "0" else ""
-        print(f"longpretrain {options.verb}{place}: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return exit_code(run, verb=options.verb)
     except KeyboardInterrupt:
         print(f"longpretrain {options.verb}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return FAILED
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -54,7 +49,7 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="longpretrain", description="Long documents for RoBERTa: convert, pretrain, export."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -71,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def _verb(
@@ -84,7 +79,7 @@ def _verb(
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 
@@ -92,11 +87,15 @@ def _add_convert(verbs: Verbs) -> None:
     parser = _verb(
         verbs,
         "convert",
-        "Make a long model of a RoBERTa folder.",
+        "Make a long model of a RoBERTa: a Hugging Face folder, or a fairseq checkpoint.",
         "longpretrain convert models/roberta-base models/long --positions 4096",
         _convert,
     )
-    parser.add_argument("source", type=Path, help="Hugging Face RoBERTa or Longformer folder")
+    parser.add_argument(
+        "source",
+        type=Path,
+        help="Hugging Face RoBERTa or Longformer folder, or a fairseq .pt with dict.txt beside it",
+    )
     parser.add_argument("target", type=Path, help="folder to write")
     parser.add_argument(
         "--positions", type=int, default=4096, help="longest sequence, in tokens (4096)"
@@ -115,6 +114,16 @@ def _add_convert(verbs: Verbs) -> None:
         help="where the new positions come from (copy)",
     )
     parser.add_argument("--seed", type=int, default=1, help="of --init random (1)")
+    _add_tokenizer(parser)
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="folder with the tokenizer of the model (the source's own)",
+    )
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -127,6 +136,7 @@ def _convert(options: argparse.Namespace) -> int:
         attention_window=_one_or_list(options.attention_window),
         init=options.init,
         seed=options.seed,
+        tokenizer=options.tokenizer,
     )
     print(report)
     return 0
@@ -202,7 +212,8 @@ def _add_train(verbs: Verbs) -> None:
         verbs,
         "train",
         "Run one rank of a run, or go on with it. ./launch.sh starts all ranks.",
-        "longpretrain train roberta-base-4096 model.path=models/long optim.lr=1e-5",
+        "longpretrain train recipe.yaml run.dir=runs/mine optim.lr=1e-5\n"
+        "  longpretrain train roberta-base-4096 model.path=models/long --dry-run",
         _train,
     )
     parser.add_argument("recipe", help="a packaged recipe's name, or a YAML file")
@@ -304,19 +315,31 @@ def _add_export(verbs: Verbs) -> None:
     parser = _verb(
         verbs,
         "export",
-        "Write a run's newest weights as a folder that transformers loads.",
+        "Write a run's newest weights as a folder that transformers or fairseq loads.",
         "longpretrain export runs/demo exported",
         _export,
     )
-    parser.add_argument("source", type=Path, help="run folder, checkpoint or model folder")
+    parser.add_argument(
+        "source", type=Path, help="run folder, checkpoint, model folder, or a fairseq .pt"
+    )
     parser.add_argument("target", type=Path, help="folder to write")
-    parser.add_argument("--format", choices=("hf",), default="hf", help="hf: Hugging Face")
+    parser.add_argument(
+        "--format",
+        choices=("hf", "fairseq"),
+        default="hf",
+        help="hf: Hugging Face folder; fairseq: model.pt and dict.txt (hf)",
+    )
+    _add_tokenizer(parser)
 
 
 def _export(options: argparse.Namespace) -> int:
     from longpretrain.convert.write import export
 
-    export(options.source, options.target, format=options.format)
+    report = export(
+        options.source, options.target, format=options.format, tokenizer=options.tokenizer
+    )
+    for note in report.notes if report else ():
+        print(f"note: {note}")
     print(f"wrote {options.target}")
     return 0
 

@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,15 +20,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PROBE = ".longpretrain-probe-"
+_SHOWN = 40
+"""Characters of a name that its temporary name shows: file systems take 255 bytes."""
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a text file (UTF-8, newlines as given): whole or not at all."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    with part.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    sync(path.parent)
+    part = path.with_name(f".{path.name[:_SHOWN]}.{uuid.uuid4().hex}.part")
+    try:
+        with told_as(path, part), part.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def read_json_object(
@@ -49,6 +60,44 @@ def read_json_object(
     raise InputError(f"file {path}", got=got, wanted="a JSON object in UTF-8", way_out=way_out)
 
 
+@contextlib.contextmanager
+def told_as(path: Path, part: Path) -> Iterator[None]:
+    """Lets an error of the system name the path that a user knows, not the temporary one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:  # of a write, which knows no name
+            error.filename = str(path)
+        elif str(error.filename).startswith(str(part)):
+            error.filename = str(path) + str(error.filename).removeprefix(str(part))
+        raise
+
+
+def need_writable(folder: Path, *, what: str, way_out: str) -> None:
+    """Writes and removes a file, in a folder or in the nearest one above it that exists.
+
+    Permission bits alone do not tell: think of a read-only mount, a quota, or root on NFS.
+
+    Raises:
+        InputError: it cannot; ``what`` names the folder for the user.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        # Where the system can, the file has no name at all; who looks meanwhile ignores PROBE.
+        with tempfile.TemporaryFile(dir=place, prefix=PROBE) as file:
+            file.write(b"longpretrain")
+    except OSError as error:
+        within = "" if place == folder.absolute() else f" in {place}"
+        raise InputError(
+            f"{what} {folder}",
+            got=f"{(error.strerror or str(error)).lower()}{within}",
+            wanted="a place to write to",
+            way_out=way_out,
+        ) from error
+
+
 def sync(path: Path) -> None:
     """Puts a file's bytes, or a folder's names, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -66,11 +115,18 @@ def sha256(path: Path) -> str:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Writes a safetensors file, readable by whom the umask lets; it is on the disk afterwards."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file  # it needs torch, which data preparation does without
 
     path.touch()
     mode = path.stat().st_mode  # safetensors makes a file that its owner alone may read
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))  # a full disk is the system's error
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
     path.chmod(mode)
     sync(path)
 
@@ -97,11 +153,12 @@ def fresh_folder(target: Path | str, *, belongs: Callable[[Path], bool]) -> Iter
     target.parent.mkdir(parents=True, exist_ok=True)
     # A process number would not do: hosts that share the file system share the numbers.
     unique = uuid.uuid4().hex
-    fresh = target.with_name(f".{target.name}.new-{unique}")
-    old = target.with_name(f".{target.name}.old-{unique}")
+    fresh = target.with_name(f".{target.name[:_SHOWN]}.new-{unique}")
+    old = target.with_name(f".{target.name[:_SHOWN]}.old-{unique}")
     try:
-        fresh.mkdir()
-        yield fresh
+        with told_as(target, fresh):
+            fresh.mkdir()
+            yield fresh
         for path in sorted(fresh.rglob("*")):
             sync(path)
         sync(fresh)

@@ -2,9 +2,10 @@
 
 The launchers speak through environment variables: deepspeed and torchrun set RANK, WORLD_SIZE and
 LOCAL_RANK; srun sets SLURM_PROCID and its kin inside a job step (SLURM_STEP_ID tells a step from
-the
-batch script); MPI is asked through mpi4py, and only when MPI is what started us. A process that
-nothing started is a run of one. This is the only file that imports mpi4py.
+the batch script); MPI is asked through mpi4py, and only when MPI is what started us. A process that
+nothing started is a run of one. Where two speak and contradict each other, the inner one of a known
+nesting counts, or the one that LONGPRETRAIN_LAUNCHER names; anything else is refused. This is the
+only file that imports mpi4py.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ EXPECTED_WORLD_SIZE = "LONGPRETRAIN_WORLD_SIZE"
 """launch.sh says here how many ranks it starts; a rank that finds another number refuses to
 train."""
 
-_MPI_MARKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+LAUNCHER = "LONGPRETRAIN_LAUNCHER"
+"""Whose variables count: launch.sh says it to the ranks it starts, and a user may say it too."""
+
+_TORCH, _SLURM, _MPI = "RANK and WORLD_SIZE", "Slurm's SLURM_PROCID and SLURM_NTASKS", "MPI's"
+_SPEAKER = {"deepspeed": _TORCH, "torchrun": _TORCH, "srun": _SLURM, "mpirun": _MPI}
+_MPI_VARIABLES = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("PMIX_RANK", None),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,14 +102,123 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Claim:
+    """What one speaker's variables say about this process."""
+
+    speaker: str
+    rank: int
+    world_size: int | None
+    """None where they do not tell it (PMIX_RANK comes alone)."""
+
+    def __str__(self) -> str:
+        of = "" if self.world_size is None else f" of {self.world_size}"
+        return f"rank {self.rank}{of} from {self.speaker}"
+
+    def agrees(self, other: _Claim) -> bool:
+        sizes = {self.world_size, other.world_size} - {None}
+        return self.rank == other.rank and len(sizes) < 2
+
+
 def _discover(env: Mapping[str, str]) -> Ranks:
-    if "RANK" in env and "WORLD_SIZE" in env:
+    speaker = _speaker(env)
+    if speaker == _TORCH:
         return _from_torch_variables(env)
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+    if speaker == _SLURM:
         return _from_slurm(env)
-    if any(mark in env for mark in _MPI_MARKS):
-        return _from_mpi()
+    if speaker == _MPI:
+        return _from_mpi(env)
     return Ranks()
+
+
+def _speaker(env: Mapping[str, str]) -> str | None:
+    """Whose variables tell this process's rank; None when nothing started it."""
+    named = env.get(LAUNCHER)
+    if named:
+        return _named_speaker(env, named)
+    # torchrun and deepspeed may themselves be started by srun or mpirun: theirs are the inner ones.
+    if _is_from_torchrun(env) or _is_from_deepspeed(env):
+        return _TORCH
+    claims = [claim for claim in (_torch_claim(env), _slurm_claim(env), *_mpi_claims(env)) if claim]
+    if not claims:
+        return None
+    for other in claims[1:]:
+        if not claims[0].agrees(other):
+            raise InputError(
+                "launchers' variables",
+                got=f"{claims[0]}, but {other}",
+                wanted="one launcher, or several that agree",
+                way_out=f"Unset those that are left over, or name the launcher that counts: "
+                f"{LAUNCHER}={' or '.join(_SPEAKER)}.",
+            )
+    if claims[0].speaker == _TORCH and "MASTER_PORT" not in env and len(claims) > 1:
+        return claims[1].speaker  # it knows where ranks meet
+    return claims[0].speaker
+
+
+def _named_speaker(env: Mapping[str, str], launcher: str) -> str:
+    if launcher not in _SPEAKER:
+        raise InputError(
+            f"environment variable {LAUNCHER}",
+            got=launcher,
+            wanted=" or ".join(_SPEAKER),
+            way_out="Set it to the launcher that started the ranks, or unset it.",
+        )
+    speaker = _SPEAKER[launcher]
+    has_spoken = {
+        _TORCH: "RANK" in env and "WORLD_SIZE" in env,
+        _SLURM: "SLURM_STEP_ID" in env and "SLURM_PROCID" in env,
+        _MPI: any(rank in env for rank, _ in _MPI_VARIABLES),
+    }
+    if not has_spoken[speaker]:
+        raise InputError(
+            f"environment variable {LAUNCHER}",
+            got=f"{launcher}, which did not start this process",
+            wanted=f"{speaker} variables with it" if speaker != _TORCH else f"{speaker} with it",
+            way_out=f"Start ranks with LAUNCHER={launcher} ./launch.sh, or unset {LAUNCHER}.",
+        )
+    return speaker
+
+
+def _is_from_torchrun(env: Mapping[str, str]) -> bool:
+    return "TORCHELASTIC_RUN_ID" in env and "RANK" in env
+
+
+def _is_from_deepspeed(env: Mapping[str, str]) -> bool:
+    return "CROSS_RANK" in env and "CROSS_SIZE" in env and "RANK" in env
+
+
+def _torch_claim(env: Mapping[str, str]) -> _Claim | None:
+    if "RANK" not in env or "WORLD_SIZE" not in env:
+        return None
+    world_size = _number(env, "WORLD_SIZE")
+    return _Claim(speaker=_TORCH, rank=_number(env, "RANK"), world_size=world_size)
+
+
+def _slurm_claim(env: Mapping[str, str]) -> _Claim | None:
+    if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env or _is_interactive_step(env):
+        return None
+    return _Claim(
+        speaker=_SLURM, rank=_number(env, "SLURM_PROCID"), world_size=_number(env, "SLURM_NTASKS")
+    )
+
+
+def _mpi_claims(env: Mapping[str, str]) -> list[_Claim]:
+    claims = []
+    for rank, size in _MPI_VARIABLES:
+        if rank in env:
+            world_size = _number(env, size) if size else None
+            if world_size in (None, 1) and _is_interactive_step(env):
+                continue  # srun speaks PMI to the shell, too
+            claims.append(_Claim(speaker=_MPI, rank=_number(env, rank), world_size=world_size))
+    return claims
+
+
+def _is_interactive_step(env: Mapping[str, str]) -> bool:
+    """Whether Slurm's variables are those of a shell that salloc or ``srun --pty`` opened: such a
+    step has a terminal and one task. launch.sh decides by the same rule.
+    """
+    return "SLURM_PTY_PORT" in env and env.get("SLURM_STEP_NUM_TASKS", "1") == "1"
 
 
 def _from_torch_variables(env: Mapping[str, str]) -> Ranks:
@@ -111,11 +230,13 @@ def _from_torch_variables(env: Mapping[str, str]) -> Ranks:
             wanted="all three",
             way_out="Start ranks with ./launch.sh, or unset RANK and WORLD_SIZE.",
         )
+    by_deepspeed = _is_from_deepspeed(env) or env.get(LAUNCHER) == "deepspeed"
+    other = "deepspeed" if by_deepspeed else "RANK and WORLD_SIZE"
     return Ranks(
-        rank=_number(env, "RANK"),
+        rank=_rank(env, "RANK", world_size),
         world_size=world_size,
         local_rank=_number(env, "LOCAL_RANK", 0),
-        launcher="torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed",
+        launcher="torchrun" if _is_from_torchrun(env) else other,
         master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
         master_port=_number(env, "MASTER_PORT", 0),
     )
@@ -128,7 +249,7 @@ def _from_slurm(env: Mapping[str, str]) -> Ranks:
     # Every task derives the same port from the job and step: two jobs on one node do not collide.
     port = 20_000 + (job * 97 + (int(step) if step.isdigit() else 0)) % 20_000
     return Ranks(
-        rank=_number(env, "SLURM_PROCID"),
+        rank=_rank(env, "SLURM_PROCID", world_size),
         world_size=world_size,
         local_rank=_number(env, "SLURM_LOCALID", 0),
         launcher="srun",
@@ -163,14 +284,24 @@ def _first_host(nodes: str) -> str:
         return "127.0.0.1"
 
 
-def _from_mpi() -> Ranks:
+def _from_mpi(env: Mapping[str, str]) -> Ranks:
     from mpi4py import MPI  # its import starts MPI: only when MPI is what started us
 
     world = MPI.COMM_WORLD
+    announced = {claim.world_size for claim in _mpi_claims(env)} - {None}
+    if announced - {world.Get_size()}:
+        raise InputError(
+            "mpirun",
+            got=f"{max(size or 0 for size in announced)} ranks by the environment and "
+            f"{world.Get_size()} by mpi4py",
+            wanted="the mpirun of the MPI that mpi4py was built with",
+            way_out=f"It was built with {MPI.get_vendor()[0]}: use its mpirun (.venv/bin/mpirun).",
+        )
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     one_host = local.Get_size() == world.Get_size()
     address = "127.0.0.1" if one_host else socket.gethostbyname(socket.gethostname())
-    meeting = world.bcast((address, free_port()) if world.Get_rank() == 0 else None, root=0)
+    meeting = (env.get("MASTER_ADDR") or address, _number(env, "MASTER_PORT", free_port()))
+    meeting = world.bcast(meeting, root=0)
     return Ranks(
         rank=world.Get_rank(),
         world_size=world.Get_size(),
@@ -179,6 +310,18 @@ def _from_mpi() -> Ranks:
         master_addr=meeting[0],
         master_port=meeting[1],
     )
+
+
+def _rank(env: Mapping[str, str], name: str, world_size: int) -> int:
+    rank = _number(env, name)
+    if rank >= world_size:
+        raise InputError(
+            f"environment variable {name}",
+            got=f"rank {rank} of {world_size}",
+            wanted="a rank below the world size, counted from 0",
+            way_out="Start ranks with ./launch.sh, or set both to fit.",
+        )
+    return rank
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:

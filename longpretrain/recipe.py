@@ -89,33 +89,35 @@ def _override(tree: dict[str, Any], override: str) -> None:
             "override", got=override, wanted="key=value", way_out="For example optim.lr=1e-4."
         )
     *sections, key = dotted.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
+    for number, section in enumerate(sections, 1):
+        entry: Any = tree.setdefault(section, {})
+        if not isinstance(entry, dict):
+            upper = ".".join(sections[:number])
             raise InputError(
-                f"key {dotted}",
-                got=f"{section} as a section",
+                f"recipe key {dotted}",
+                got=f"{upper} as a section",
                 wanted="a section of a recipe",
-                way_out=f"{section} is a single value: write {section}=VALUE.",
+                way_out=f"{upper} is a single value: write {upper}=VALUE.",
             )
+        tree = entry
     try:
         tree[key] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(
             f"override {override}",
-            got="a value that is not YAML",
+            got=f"a value that is not YAML ({error})",
             wanted="a number, word or [list]",
-            way_out=f"YAML says: {error}",
+            way_out="Put a text with YAML's own signs in quotes.",
         ) from error
 
 
 def _build(cls: type, tree: Any, prefix: str) -> Any:
     if not isinstance(tree, dict):
         raise InputError(
-            f"section {prefix.rstrip('.')}",
+            f"section {prefix.rstrip('.')}" if prefix else "recipe",
             got=repr(tree),
             wanted="keys and values",
-            way_out=f"Write {prefix}KEY=VALUE.",
+            way_out=f"Write {prefix}KEY=VALUE, or mend the recipe.",
         )
     hints = typing.get_type_hints(cls)
     for key in tree:
@@ -175,7 +177,7 @@ def _value(key: str, hint: Any, value: Any) -> Any:
 
 
 def _scalar(key: str, kind: type, value: Any) -> Any:
-    if kind is str and (value is None or isinstance(value, str)):
+    if kind is str and (value is None or (isinstance(value, str) and "\0" not in value)):
         return value or ""  # key= on the command line means empty
     if kind is bool and isinstance(value, bool):
         return value

@@ -28,7 +28,7 @@ def learning_rate(update: int, peak: float, schedule: ScheduleConfig) -> float:
         return peak * update / schedule.warmup_steps
     if schedule.decay == "constant":
         return peak
-    left = schedule.total_steps - schedule.warmup_steps
+    left = max(schedule.total_steps - schedule.warmup_steps, 1)
     progress = min((update - schedule.warmup_steps) / left, 1.0)
     return peak * float((1.0 - progress) ** schedule.power)
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,12 +22,13 @@ from longpretrain.engine import checkpoint, run_folder, zero
 from longpretrain.engine.loop import Evaluate, accumulation_steps, train
 from longpretrain.engine.signals import StopRequest
 from longpretrain.engine.zero import ZeroEngine
-from longpretrain.errors import InputError
+from longpretrain.errors import InputError, from_system
 from longpretrain.evaluate.held_out import HeldOut, score
 from longpretrain.model.encoder import ModelConfig
+from longpretrain.model.folder import CONFIG_NAME, changed, read_config
 from longpretrain.ranks import Ranks, discover
 from longpretrain.report import metrics as journal
-from longpretrain.tasks.masked_lm import MaskedLMTask, open_corpus
+from longpretrain.tasks.masked_lm import MaskedLMTask, model_changes, open_corpus
 
 DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
 """Exit codes of the train verb."""
@@ -41,8 +43,10 @@ def check(config: Config, world_size: int, *, fresh: bool) -> None:
         InputError: recipe, model folder, corpora, batch, ds_configs or run folder do not fit.
     """
     device = pick_device(config.run.device, 0)
-    folder, _ = _check_settings(config, world_size, device, fresh=fresh)
+    folder, resume_from = _check_settings(config, world_size, device, fresh=fresh)
     task = MaskedLMTask(config, folder)
+    if resume_from:
+        _check_same_corpus(resume_from, task)
     if config.data.valid:
         open_corpus(config, "valid").require_tokenizer(
             task.tokenizer.fingerprint, owner=f"model {folder}"
@@ -75,6 +79,15 @@ def _check_settings(
         )
     run_folder.check_run_dir(config, fresh=fresh)
     resume_from = None if fresh else checkpoint.latest(config.run_dir)
+    if resume_from:
+        _check_same_model(config, resume_from)
+    elif not Path(config.model.path).is_dir():
+        raise InputError(
+            "recipe key model.path",
+            got=f"{config.model.path}, no such folder",
+            wanted="a model folder",
+            way_out="Check the path; longpretrain convert makes a long model.",
+        )
     return resume_from or Path(config.model.path), resume_from
 
 
@@ -86,7 +99,7 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
             "recipe key run.device",
             got="cuda",
             wanted="a device that this machine has",
-            way_out="torch sees no GPU here: run.device=cpu, or mend the driver.",
+            way_out="Say run.device=cpu, or mend the driver: torch sees no GPU here.",
         )
     if wanted == "cpu" or not has_gpu:
         return torch.device("cpu")
@@ -207,10 +220,33 @@ def _prepare(
     )
 
 
+def _check_same_model(config: Config, resume_from: Path) -> None:
+    """Refuses to go on under the name of another model: weights and shape come from the checkpoint.
+
+    ``model.path`` may have moved, or be gone; its weights are not looked at again.
+    """
+    given = Path(config.model.path)
+    if not (given / CONFIG_NAME).is_file():
+        return
+    trained, other = (
+        dataclasses.asdict(changed(read_config(folder), model_changes(config)))
+        for folder in (resume_from, given)
+    )
+    found = [name for name, value in trained.items() if other[name] != value]
+    if found:
+        raise InputError(
+            f"recipe key model.path, {given}",
+            got=", ".join(f"{name} {other[name]}" for name in found),
+            wanted=", ".join(f"{name} {trained[name]}" for name in found)
+            + f", as in {resume_from}",
+            way_out="Give the model that the run began with, or start anew with --fresh.",
+        )
+
+
 def _check_same_corpus(resume_from: Path, task: MaskedLMTask) -> None:
     """Refuses to go on with other data: the cursor counts samples of the corpus it started on."""
     stored = checkpoint.read_state(resume_from)["task"]
-    if stored != task.identity():
+    if stored != task.identity():  # another tokenizer is another corpus, too
         raise InputError(
             "corpus of the run",
             got=f"data.train with fingerprint {task.corpus.fingerprint[:16]}",
@@ -304,8 +340,8 @@ class _Refused:
 
 
 def _agree(ranks: Ranks, prepare: Callable[[], T]) -> T | _Refused:
-    """Runs a part of the start on every rank; an InputError of any rank stops all, told once by
-    rank 0.
+    """Runs a part of the start on every rank; what a user can mend, on any rank, stops all of them
+    and is told once, by rank 0.
     """
     result: T | None = None
     refusal = ""
@@ -313,6 +349,11 @@ def _agree(ranks: Ranks, prepare: Callable[[], T]) -> T | _Refused:
         result = prepare()
     except InputError as error:
         refusal = str(error)
+    except (OSError, UnicodeEncodeError) as error:
+        found = from_system(error)
+        if found is None:
+            raise
+        refusal = str(found[0])
     refusals: list[str | None] = [None] * ranks.world_size
     dist.all_gather_object(refusals, refusal)
     told = [text for text in refusals if text]

@@ -1,4 +1,6 @@
-"""Shared by all tests: no network, fixed threads, and small corpora and models to train."""
+"""Shared by all tests: no network, fixed threads, small corpora and models to train, and how hard
+property tests search.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# HYPOTHESIS_PROFILE=default: few examples, the same ones in every run. thorough: ten times as many
+# in every property test, other ones in every run. A failure prints the line that reproduces it.
+THOROUGH = 10
+settings.register_profile(
+    "default",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile("thorough", settings.get_profile("default"), derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,10 +36,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     gpus = torch.cuda.device_count()
     for item in items:
+        if settings.get_current_profile_name() == "thorough":
+            _search_thoroughly(item)
         if item.get_closest_marker("gpu") and gpus < 1:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; this machine has none"))
         if item.get_closest_marker("multi_gpu") and gpus < 2:
             item.add_marker(pytest.mark.skip(reason=f"needs 2 CUDA GPUs; this machine has {gpus}"))
+
+
+def _search_thoroughly(item: pytest.Item) -> None:
+    """Also a test that names its number of examples; a profile alone reaches only the others."""
+    function = getattr(item, "function", None)
+    own = getattr(function, "_hypothesis_internal_use_settings", None)
+    if own is not None and not hasattr(function, "searches_thoroughly"):
+        function.searches_thoroughly = True  # one function may be several items
+        function._hypothesis_internal_use_settings = settings(
+            own, max_examples=THOROUGH * own.max_examples, derandomize=False, print_blob=True
+        )
 
 
 @pytest.fixture(scope="session")

@@ -27,15 +27,13 @@ def rank_environment() -> dict[str, str]:
     """The environment of a user's shell: no launcher's variables, the project and its tools
     found.
     """
-    foreign = (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "LONGPRETRAIN_WORLD_SIZE",
-    )
-    env = {key: value for key, value in os.environ.items() if key not in foreign}
+    foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "RANKS")
+    families = ("SLURM_", "PMI", "OMPI_", "TORCHELASTIC_", "CROSS_", "LONGPRETRAIN_", "LAUNCHER")
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in foreign and not key.startswith(families)
+    }
     return env | {
         "PATH": f"{BIN}:{env['PATH']}",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",

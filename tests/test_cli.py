@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from told import check_form, exit_code
 
 from longpretrain.cli import main
 
@@ -23,14 +24,8 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
     """Runs a verb that must end with code 2 and one line on stderr; returns the line."""
 
     def run(*words: object) -> str:
-        assert main([str(word) for word in words]) == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1, lines
-        assert lines[0].startswith(f"longpretrain {words[0]}: ")
-        for part in (": got ", "; wanted "):
-            assert part in lines[0]
-        assert lines[0].rstrip().endswith((".", "?"))
-        return lines[0]
+        assert exit_code(*words) == 2
+        return check_form(capsys.readouterr().err, str(words[0]))
 
     return run
 
@@ -189,32 +184,18 @@ def test_required_keys_are_named(refused: Refused, recipe: Path, key: str) -> No
     assert f"recipe key {key}: got nothing" in refused("train", recipe, f"{key}=", "--check")
 
 
-def test_folders_that_are_not_there(refused: Refused, recipe: Path, tmp_path: Path) -> None:
-    nowhere = tmp_path / "nowhere"
-    refused("train", recipe, f"model.path={nowhere}", "--check")
-    refused("train", recipe, f"data.train={nowhere}", "--check")
-    refused("export", nowhere, tmp_path / "out")
-    refused("verify", nowhere)
-    refused("report", nowhere)
-    refused("evaluate", nowhere, "--data", nowhere)
-    refused("train", "no-such-recipe")
-    assert "out" not in contents(tmp_path)
-
-
 def test_check_writes_nothing(recipe: Path, tmp_path: Path) -> None:
     assert main(["train", str(recipe), "--check"]) == 0
     assert contents(tmp_path) == ["recipe.yaml"]
 
 
-def test_one_rank_alone_from_start_to_report(
+def test_one_rank_alone_then_another_recipe_then_fresh(
     recipe: Path,
-    small_run: Path,
     tmp_path: Path,
     refused: Refused,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The verbs one after another on one run; each is safe to run twice."""
-    run, exported = tmp_path / "run", tmp_path / "exported"
+    run = tmp_path / "run"
     assert main(["train", str(recipe)]) == 0
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     capsys.readouterr()
@@ -223,19 +204,7 @@ def test_one_rank_alone_from_start_to_report(
     line = refused("train", recipe, "optim.lr=9")
     assert "optim.lr was 0.001 and is now 9.0" in line
     assert "--fresh" in line
-    for _ in range(2):
-        assert main(["export", str(run), str(exported)]) == 0
-    assert main(["verify", str(exported)]) == 0
-    table = capsys.readouterr().out
-    assert "FAIL" not in table
-    data = str(small_run / "data" / "valid")
-    assert main(["evaluate", str(run), "--data", data, "--max-tokens", "64,128"]) == 0
-    assert json.loads((run / "evaluation.json").read_text())["results"][1]["max_tokens"] == 128
-    assert main(["report", str(run)]) == 0
-    assert "<svg" in (run / "report.html").read_text()
-    assert (
-        main(["train", str(recipe), "--fresh", "schedule.total_steps=1", "schedule.warmup_steps=0"])
-        == 0
-    )
+    short = ["schedule.total_steps=1", "schedule.warmup_steps=0"]
+    assert main(["train", str(recipe), "--fresh", *short]) == 0
     assert (tmp_path / "run.old-1" / "status.json").is_file()
     assert json.loads((run / "status.json").read_text())["step"] == 1

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
+from told import check_form, disk, exit_code
 
 from longpretrain.config import Config
-from longpretrain.engine import checkpoint, run_folder
-from longpretrain.engine.loop import _seed_dropout
+from longpretrain.convert.lengthen import convert
+from longpretrain.engine import checkpoint, run_folder, signals
 from longpretrain.engine.signals import StopRequest
 from longpretrain.errors import InputError
 from longpretrain.ranks import Ranks
 from longpretrain.recipe import from_tree
+from longpretrain.schedule import hidden_dropout_seed
 
 
 def config(run_dir: Path, **sections: dict[str, object]) -> Config:
@@ -132,17 +136,119 @@ def test_any_seed_seeds_dropout(seed: int) -> None:
 
     draws = set()
     for step, rank in ((1, 0), (1, 1), (2, 0)):
-        _seed_dropout(seed, step, rank)
+        torch.manual_seed(hidden_dropout_seed(seed, step, rank))
         draws.add(float(torch.rand(())))
     assert len(draws) == 3
 
 
-def test_second_interrupt_stops_at_once() -> None:
+def test_second_interrupt_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
     import signal
 
+    monkeypatch.setattr(signals, "ECHO_S", 0.0)
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         assert (stop.asked, stop.signal_name) == (True, "SIGTERM")
         os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def begun(
+    small_run: Path, process_group: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A recipe and a run of it; the recipe wants one update more than the run has done."""
+    folder = tmp_path_factory.mktemp("begun")
+    tree = yaml.safe_load((small_run / "recipe.yaml").read_text())
+    tree |= {"schedule": {"total_steps": 2, "warmup_steps": 0}, "evaluate": {"every_steps": 0}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    run_dir = folder / "run"
+    assert exit_code("train", folder / "recipe.yaml", f"run.dir={run_dir}") == 0
+    for path in (folder / "recipe.yaml", run_dir / "config.yaml"):
+        path.write_text(path.read_text().replace("total_steps: 2", "total_steps: 3"))
+    return folder / "recipe.yaml", run_dir
+
+
+def another_model(small_run: Path, folder: Path) -> dict[str, Path]:
+    convert(small_run / "models" / "short", folder / "wide", positions=128, attention_window=32)
+    shutil.copytree(small_run / "models" / "long", folder / "big")
+    path = folder / "big" / "config.json"
+    path.write_text(path.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))
+    return {"wide": folder / "wide", "big": folder / "big"}
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        ("override", "named"),
+        [
+            ("model.attention_window=32", "model.attention_window was None and is now [32]"),
+            ("model.dilation=[1,2]", "model.dilation was None and is now [1, 2]"),
+            ("model.causal=true", "model.causal was None and is now True"),
+            ("model.global_tokens=first", "model.global_tokens was 'none' and is now 'first'"),
+            ("data.max_tokens=64", "data.max_tokens was 128 and is now 64"),
+            ("model.path={wide}", "got attention_window (32, 32); wanted attention_window (16,"),
+            ("model.path={big}", "got hidden_size 64; wanted hidden_size 32"),
+            ("data.train={valid}", "corpus of the run: got data.train with fingerprint"),
+        ],
+        ids=lambda text: text.split("=")[0] if "=" in text else "",
+    )
+    def test_another_model_or_corpus_is_refused(
+        self,
+        begun: tuple[Path, Path],
+        small_run: Path,
+        tmp_path: Path,
+        override: str,
+        named: str,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        recipe, run_dir = begun
+        others = another_model(small_run, tmp_path) if "{" in override else {}
+        word = override.format(valid=small_run / "data" / "valid", **others)
+        before = disk(run_dir)
+        for check in (["--check"], []):  # before ranks start, and by the ranks
+            assert exit_code("train", recipe, f"run.dir={run_dir}", word, *check) == 2
+            assert named in check_form(capsys.readouterr().err, "train")
+        assert disk(run_dir) == before
+
+    def test_altered_shape_in_the_checkpoint_is_refused(
+        self, begun: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        recipe, run_dir = tmp_path / "recipe.yaml", tmp_path / "run"
+        shutil.copytree(begun[1], run_dir)
+        tree = yaml.safe_load(begun[0].read_text())
+        tree["model"]["path"] = str(tmp_path / "moved away")
+        recipe.write_text(yaml.safe_dump(tree))
+        path = run_dir / "checkpoints" / "step-000002" / "config.json"
+        path.write_text(path.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))
+        before = disk(run_dir)
+        assert exit_code("train", recipe, f"run.dir={run_dir}") == 2
+        told = check_form(capsys.readouterr().err, "train")
+        assert "checkpoint file" in told
+        assert "config.json" in told
+        assert disk(run_dir) == before
+
+    def test_other_trained_parameters_are_refused(
+        self, begun: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Even where config.yaml was edited to agree: the moments are of another model."""
+        recipe, run_dir = begun[0], tmp_path / "run"
+        shutil.copytree(begun[1], run_dir)
+        config_path = run_dir / "config.yaml"
+        text = config_path.read_text().replace("global_tokens: none", "global_tokens: first")
+        config_path.write_text(text)
+        before = disk(run_dir / "checkpoints")
+        words = ["train", recipe, f"run.dir={run_dir}", "model.global_tokens=first"]
+        assert exit_code(*words) == 2
+        assert "query_global" in check_form(capsys.readouterr().err, "train")
+        assert disk(run_dir / "checkpoints") == before
+
+    def test_the_first_model_is_needed_no_more(
+        self, begun: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        """Weights come from the checkpoint: the folder of model.path may move, or go."""
+        run_dir = tmp_path / "run"
+        shutil.copytree(begun[1], run_dir)
+        words = ["train", begun[0], f"run.dir={run_dir}", f"model.path={tmp_path / 'moved'}"]
+        assert exit_code(*words, "--check") == 0
+        assert exit_code(*words) == 0
+        assert run_folder.read_status(run_dir)["step"] == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from exactness.golden import golden_rows
 from exactness.resume import move_rows, resume_rows
 from exactness.table import Row, markdown, relative_difference, within
 from exactness.trainers import bf16_rows, dropout_rows, trainer_rows
@@ -34,6 +35,10 @@ def test_resumed_runs_are_the_same_bits(small_run: Path, tmp_path: Path) -> None
 
 def test_runs_go_on_elsewhere(small_run: Path, tmp_path: Path) -> None:
     check(move_rows(tmp_path, small_run / "recipe.yaml", quick=True))
+
+
+def test_golden_losses(small_run: Path, tmp_path: Path) -> None:
+    check(golden_rows(tmp_path, small_run / "recipe.yaml"))
 
 
 def test_comparisons_can_fail() -> None:

@@ -1,24 +1,52 @@
-"""launch.sh as users start it: each way trains, signals leave a checkpoint, bad input ends before
-ranks."""
+"""launch.sh as users start it: each way trains, stops and goes on; bad input ends before ranks.
+
+The cells of exactness/launchers.py, two side by side: all ways, and each scenario with one or two
+of them (`make exactness` runs every pair).
+"""
 
 from __future__ import annotations
 
-import json
-import os
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
-from ranks_helper import ROOT, rank_environment
-
-from longpretrain.report.metrics import read_metrics
+from exactness.launchers import (
+    LONG,
+    WAYS,
+    Cells,
+    Way,
+    has_logged,
+    output_of,
+    start,
+    status_of,
+    wait_for,
+    wait_until,
+)
+from exactness.table import Row
+from ranks_helper import BIN, ROOT, rank_environment
 
 LAUNCH = ROOT / "launch.sh"
+BY_NAME = {way.name: way for way in WAYS}
+# Going on after an interrupt is a success of that way, too: same losses, world size, status.
+SCENARIOS = [
+    ("RANKS=2 ./launch.sh", "preemption"),
+    ("deepspeed --num_accelerators 2 launch.sh", "Ctrl-C"),
+    ("torchrun --nproc-per-node 2 --no-python ./launch.sh", "preemption"),
+    ("LAUNCHER=torchrun RANKS=2 ./launch.sh", "success"),
+    ("LAUNCHER=mpirun RANKS=2 ./launch.sh", "success"),
+    ("./launch.sh", "success"),
+    ("deepspeed launch.sh", "success"),
+    ("deepspeed --no_python ./launch.sh", "success"),
+    ("LAUNCHER=mpirun RANKS=2 ./launch.sh", "failure"),
+]
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
@@ -32,92 +60,103 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
-def losses(run_dir: Path) -> list[float]:
-    lines = read_metrics(run_dir / "metrics.jsonl")
-    return [line["loss"] for line in lines if line["kind"] == "train"]
-
-
-def status(run_dir: Path) -> dict[str, object]:
-    return dict(json.loads((run_dir / "status.json").read_text()))
-
-
 @pytest.fixture(scope="module")
 def words(small_run: Path) -> list[str]:
-    """A run of two updates without dropout: its curve is the same for every launcher and world
-    size."""
+    """A run of two updates."""
     return [
         str(small_run / "recipe.yaml"),
         "schedule.total_steps=2",
         "schedule.warmup_steps=1",
         "evaluate.every_steps=0",
-        "model.dropout=0",
-        "model.attention_dropout=0",
     ]
 
 
 @pytest.fixture(scope="module")
-def plain_losses(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The curve by plain ./launch.sh: one rank on a CPU."""
-    run_dir = tmp_path_factory.mktemp("plain") / "run"
-    finished = run([str(LAUNCH), *words, f"run.dir={run_dir}"])
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    assert status(run_dir)["state"] == "done"
-    return losses(run_dir)
+def rows(
+    small_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[tuple[str, str], Future[Row]]]:
+    """The cells, running two side by side from now on."""
+    cells = Cells(tmp_path_factory.mktemp("launchers"), small_run / "recipe.yaml")
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            (name, scenario): pool.submit(cells.row, BY_NAME[name], scenario)
+            for name, scenario in SCENARIOS
+        }
+
+
+@pytest.mark.parametrize(("name", "scenario"), SCENARIOS, ids=lambda value: value)
+def test_every_way(rows: dict[tuple[str, str], Future[Row]], name: str, scenario: str) -> None:
+    row = rows[name, scenario].result()
+    assert row.ok, row
+
+
+def test_every_way_is_here() -> None:
+    covered = {name for name, scenario in SCENARIOS if scenario != "failure"}
+    assert covered == set(BY_NAME)
+
+
+def test_a_folder_and_words_with_spaces_and_other_letters(words: list[str], tmp_path: Path) -> None:
+    """The checkout, the recipe and the run folder; and the signal finds the ranks there."""
+    checkout = tmp_path / "мой проект (1)"
+    checkout.mkdir()
+    for name in ("longpretrain", "ds_configs"):
+        (checkout / name).symlink_to(ROOT / name)
+    (checkout / ".venv").symlink_to(BIN.parent)
+    shutil.copy(LAUNCH, checkout)
+    shutil.copy(words[0], checkout / "рецепт 1.yaml")
+    run_dir = checkout / "runs" / "первый [1]" / "run"
+    run_dir.parent.mkdir(parents=True)
+    way = Way(name="here", command=("./launch.sh",), ranks=1)
+    arguments = ["рецепт 1.yaml", *words[1:], f"run.dir={run_dir}", f"schedule.total_steps={LONG}"]
+    process = start(way, arguments, run_dir, root=checkout)
+    wait_until(lambda: has_logged(run_dir, 2), process, run_dir)
+    process.send_signal(signal.SIGUSR1)
+    wait_for(process)
+    assert status_of(run_dir)["state"] == "preempted", output_of(run_dir)
+
+
+def test_mpirun_under_another_launchers_variables_is_refused(
+    words: list[str], tmp_path: Path
+) -> None:
+    """As in a shell that Slurm's variables were left in: each rank would take itself for alone."""
+    command = ["mpirun", "-n", "2", str(LAUNCH), *words, f"run.dir={tmp_path / 'run'}"]
+    stale = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "7"}
+    finished = run(command, **stale)
+    assert finished.returncode == 2
+    for rank in (0, 1):
+        text = f"got rank 0 of 1 from Slurm's SLURM_PROCID and SLURM_NTASKS, but rank {rank} of 2"
+        assert text in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_left_in_the_shell_do_not_make_launch_sh_a_rank_of_one(
+    words: list[str], tmp_path: Path
+) -> None:
+    stale = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    finished = run([str(LAUNCH), *words, f"run.dir={tmp_path / 'run'}"], RANKS="2", **stale)
+    assert finished.returncode == 2
+    assert "world size: got 1 from RANK and WORLD_SIZE; wanted 2" in finished.stderr
 
 
 @pytest.mark.parametrize(
-    ("command", "environment", "ranks"),
+    ("environment", "is_rank"),
     [
-        pytest.param([str(LAUNCH)], {"RANKS": "2"}, 2, id="RANKS=2"),
-        pytest.param(["deepspeed", "--num_accelerators", "2", str(LAUNCH)], {}, 2, id="deepspeed"),
-        pytest.param([str(LAUNCH)], {"RANKS": "2", "LAUNCHER": "torchrun"}, 2, id="torchrun"),
-        pytest.param([str(LAUNCH)], {"RANKS": "2", "LAUNCHER": "mpirun"}, 2, id="mpirun"),
+        pytest.param({}, True, id="srun ./launch.sh"),
+        pytest.param({"SLURM_PTY_PORT": "9"}, False, id="in a shell of srun --pty"),
+        pytest.param({"SLURM_PTY_PORT": "9", "PMI_RANK": "0", "PMI_SIZE": "1"}, False, id="PMI"),
+        pytest.param(
+            {"SLURM_PTY_PORT": "9", "LONGPRETRAIN_LAUNCHER": "srun"}, True, id="its own srun there"
+        ),
     ],
 )
-def test_every_way_to_start_trains_the_same(
-    words: list[str],
-    plain_losses: list[float],
-    tmp_path: Path,
-    command: list[str],
-    environment: dict[str, str],
-    ranks: int,
+def test_a_slurm_step_is_a_rank_unless_it_is_a_shell(
+    words: list[str], environment: dict[str, str], is_rank: bool
 ) -> None:
-    port = str(20_000 + os.getpid() % 10_000)
-    environment = environment | {"MASTER_PORT": port}
-    if command[0] == "deepspeed":
-        command = [*command[:1], "--master_port", port, *command[1:]]
-    finished = run([*command, *words, f"run.dir={tmp_path / 'run'}"], **environment)
-    assert finished.returncode == 0, (finished.stdout + finished.stderr)[-3000:]
-    assert status(tmp_path / "run")["state"] == "done"
-    started = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
-    assert started["world_size"] == ranks
-    assert losses(tmp_path / "run") == pytest.approx(plain_losses, rel=1e-5)
-
-
-def test_preemption_leaves_a_checkpoint(words: list[str], tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    command = [str(LAUNCH), *words, f"run.dir={run_dir}", "schedule.total_steps=100000"]
-    with subprocess.Popen(
-        command,
-        env=rank_environment() | {"RANKS": "2"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        deadline = time.monotonic() + 120
-        metrics = run_dir / "metrics.jsonl"
-        while not metrics.is_file() or '"step": 2,' not in metrics.read_text():
-            assert time.monotonic() < deadline, "two updates took more than two minutes"
-            assert process.poll() is None, process.communicate()[0][-3000:]
-            time.sleep(0.1)
-        process.send_signal(signal.SIGUSR1)
-        output = process.communicate(timeout=120)[0]
-    ended = status(run_dir)
-    assert ended["state"] == "preempted", output[-3000:]
-    step = int(str(ended["step"]))
-    assert (run_dir / "checkpoints" / f"step-{step:06d}" / "state.json").is_file()
-    assert (run_dir / "checkpoints" / "latest").read_text().strip() == f"step-{step:06d}"
-    assert "SIGUSR1" in str(ended["reason"]) or "another rank" in str(ended["reason"])
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
+    finished = run([str(LAUNCH), *words, "--dry-run"], **step, **environment)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith("srun --overlap --kill-on-bad-exit=1") != is_rank
 
 
 def test_bad_input_ends_before_ranks_start(words: list[str], tmp_path: Path) -> None:
@@ -162,9 +201,6 @@ def test_wrong_ranks_are_refused(words: list[str]) -> None:
 def batch(tmp_path: Path) -> Callable[..., tuple[int, str]]:
     """Runs slurm/pretrain.sbatch in a folder with a launch.sh and a scontrol that only take
     notes."""
-    import shutil
-    import sys
-
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)

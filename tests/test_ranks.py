@@ -22,8 +22,10 @@ def test_torchrun_and_deepspeed() -> None:
     }
     found = discover(env)
     assert (found.rank, found.world_size, found.local_rank) == (3, 4, 1)
-    assert (found.master_addr, found.master_port, found.launcher) == ("n1", 5, "deepspeed")
+    assert (found.master_addr, found.master_port) == ("n1", 5)
+    assert found.launcher == "RANK and WORLD_SIZE"
     assert discover(env | {"TORCHELASTIC_RUN_ID": "x"}).launcher == "torchrun"
+    assert discover(env | {"CROSS_RANK": "0", "CROSS_SIZE": "1"}).launcher == "deepspeed"
 
 
 def test_srun_counts_only_inside_a_step() -> None:
@@ -41,11 +43,117 @@ def test_srun_counts_only_inside_a_step() -> None:
     [
         ({"RANK": "0", "WORLD_SIZE": "2"}, "without MASTER_PORT"),
         ({"RANK": "x", "WORLD_SIZE": "1"}, "environment variable RANK: got 'x'"),
+        ({"RANK": "5", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "RANK: got rank 5 of 2"),
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}, "SLURM_NTASKS: got ''"),
         ({"LONGPRETRAIN_WORLD_SIZE": "2"}, "world size: got 1 from alone; wanted 2"),
     ],
 )
 def test_incomplete_variables_are_refused(env: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        discover(env)
+
+
+TORCH = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "5"}
+SLURM = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}
+OTHER_SLURM = SLURM | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
+PMI = {"PMI_RANK": "1", "PMI_SIZE": "2"}
+SHELL = OTHER_SLURM | {"SLURM_PTY_PORT": "9", "SLURM_STEP_NUM_TASKS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("env", "launcher"),
+    [
+        pytest.param(SLURM | PMI, "srun", id="srun speaks PMI as well"),
+        pytest.param(SLURM | {"PMIX_RANK": "1"}, "srun", id="srun speaks PMIx as well"),
+        pytest.param(SLURM | TORCH, "RANK and WORLD_SIZE", id="a wrapper under srun"),
+        pytest.param(
+            SLURM | {"RANK": "1", "WORLD_SIZE": "2"}, "srun", id="a wrapper that sets no port"
+        ),
+        pytest.param(
+            OTHER_SLURM | TORCH | {"TORCHELASTIC_RUN_ID": "x"}, "torchrun", id="torchrun in srun"
+        ),
+        pytest.param(
+            OTHER_SLURM | TORCH | {"CROSS_RANK": "0", "CROSS_SIZE": "1"},
+            "deepspeed",
+            id="deepspeed in srun",
+        ),
+        pytest.param(
+            {"PMI_RANK": "0", "PMI_SIZE": "1"} | TORCH | {"TORCHELASTIC_RUN_ID": "x"},
+            "torchrun",
+            id="torchrun in mpirun",
+        ),
+        pytest.param(
+            OTHER_SLURM | TORCH | {"LONGPRETRAIN_LAUNCHER": "srun"}, "srun", id="srun named"
+        ),
+        pytest.param(
+            OTHER_SLURM | TORCH | {"LONGPRETRAIN_LAUNCHER": "deepspeed"},
+            "deepspeed",
+            id="deepspeed named",
+        ),
+        pytest.param(SHELL, "alone", id="a shell of srun --pty"),
+        pytest.param(
+            SHELL | {"PMI_RANK": "0", "PMI_SIZE": "1"}, "alone", id="such a shell with PMI"
+        ),
+        pytest.param(SHELL | TORCH, "RANK and WORLD_SIZE", id="ranks started in such a shell"),
+        pytest.param(
+            SHELL | {"LONGPRETRAIN_LAUNCHER": "srun"}, "srun", id="launch.sh's srun in such a shell"
+        ),
+        pytest.param(
+            SHELL | SLURM | {"SLURM_STEP_NUM_TASKS": "2"}, "srun", id="srun -n2 in such a shell"
+        ),
+    ],
+)
+def test_of_several_launchers_the_inner_one_counts(env: dict[str, str], launcher: str) -> None:
+    assert discover(env).launcher == launcher
+
+
+@pytest.mark.parametrize(
+    ("env", "first", "second"),
+    [
+        (
+            OTHER_SLURM | PMI,
+            "rank 0 of 1 from Slurm's SLURM_PROCID and SLURM_NTASKS",
+            "rank 1 of 2 from MPI's",
+        ),
+        (OTHER_SLURM | {"PMIX_RANK": "1"}, "rank 0 of 1 from Slurm's", "rank 1 from MPI's"),
+        (
+            OTHER_SLURM | {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+            "rank 0 of 1 from Slurm's",
+            "rank 1 of 2 from MPI's",
+        ),
+        (TORCH | OTHER_SLURM, "rank 1 of 2 from RANK and WORLD_SIZE", "rank 0 of 1 from Slurm's"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1"} | PMI,
+            "rank 0 of 1 from RANK and WORLD_SIZE",
+            "rank 1 of 2 from MPI's",
+        ),
+        (
+            {"RANK": "1", "WORLD_SIZE": "4"} | SLURM,
+            "rank 1 of 4 from RANK and WORLD_SIZE",
+            "rank 1 of 2 from Slurm's",
+        ),
+    ],
+)
+def test_launchers_that_contradict_each_other_are_refused(
+    env: dict[str, str], first: str, second: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        discover(env)
+    text = str(caught.value)
+    assert first in text
+    assert second in text
+    assert "LONGPRETRAIN_LAUNCHER=deepspeed or torchrun or srun or mpirun." in text
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"LONGPRETRAIN_LAUNCHER": "ssh"}, "got ssh; wanted deepspeed or torchrun or srun"),
+        ({"LONGPRETRAIN_LAUNCHER": "mpirun"}, "got mpirun, which did not start this process"),
+        (TORCH | {"LONGPRETRAIN_LAUNCHER": "srun"}, "got srun, which did not start this process"),
+    ],
+)
+def test_a_named_launcher_must_have_started_us(env: dict[str, str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         discover(env)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longpretrain.config import BatchConfig, Config
+from longpretrain.data import Order
 from longpretrain.errors import InputError
+from longpretrain.schedule import update_numbers
 from longpretrain.tasks.fairseq_batches import NumberedSamples, TrainIterator, UpdatePlan
 
 
@@ -33,13 +36,15 @@ class NumbersOnly:
         return len(batch)
 
 
-def iterators(samples: int, micro: int, accumulation: int, ranks: int) -> list[TrainIterator]:
+def iterators(
+    samples: int, micro: int, accumulation: int, ranks: int, workers: int = 0
+) -> list[TrainIterator]:
     config = Config(batch=BatchConfig(global_sequences=micro * accumulation * ranks))
     numbered = NumberedSamples(NumbersOnly(samples, config))
     return [
         TrainIterator(
             numbered, epoch=1, accumulation=accumulation, micro_sequences=micro,
-            num_ranks=ranks, rank=rank, num_workers=0,
+            num_ranks=ranks, rank=rank, num_workers=workers,
         )
         for rank in range(ranks)
     ]  # fmt: skip
@@ -85,6 +90,62 @@ def test_cursor(samples: int, micro: int, before: tuple[int, int], stop: int) ->
     assert resumed.state_dict()["samples_done"] == stop * size
     assert take(resumed, 1, ranks)[0][0] == list(range(stop * size, stop * size + micro))
     assert resumed.state_dict()["samples_done"] == (stop + 1) * size
+
+
+@st.composite
+def splits(draw: st.DrawFn, sequences: int) -> tuple[int, int, int]:
+    """micro x accumulation x ranks = sequences."""
+    micro = draw(st.sampled_from([n for n in range(1, sequences + 1) if sequences % n == 0]))
+    left = sequences // micro
+    ranks = draw(st.sampled_from([n for n in range(1, left + 1) if left % n == 0]))
+    return micro, left // ranks, ranks
+
+
+@settings(max_examples=60)
+@given(samples=st.integers(1, 30), size=st.integers(1, 16), data=st.data())
+def test_any_chain_of_restarts(samples: int, size: int, data: Any) -> None:
+    """Each part of a run on other ranks, micro-batches and accumulation than the one before, cut at
+    any update: all ranks together take the engine's numbers, and every epoch every sample once.
+    """
+    state: dict[str, Any] | None = None
+    done, taken, order = 0, [], Order(samples, 7)
+    for part in range(data.draw(st.integers(1, 4))):
+        micro, accumulation, ranks = data.draw(splits(size), label=f"split of part {part}")
+        updates = data.draw(st.integers(1, 2 + 2 * samples // size))
+        started = iterators(samples, micro, accumulation, ranks)
+        for rank, iterator in enumerate(started):
+            if state is not None:
+                iterator.load_state_dict(json.loads(json.dumps(state)))
+            for update, found in enumerate(take(iterator, updates, accumulation), start=done + 1):
+                right = update_numbers(
+                    update, global_sequences=size, micro_sequences=micro,
+                    accumulation=accumulation, world_size=ranks, rank=rank,
+                )  # fmt: skip
+                assert found == [list(group) for group in right]
+                taken += itertools.chain(*found)
+        done += updates
+        state = started[0].state_dict()
+        assert state["samples_done"] == done * size
+        assert all(iterator.state_dict() == state for iterator in started)
+    assert sorted(taken) == list(range(done * size))
+    epochs = done * size // samples
+    places = sorted(order.locate(number) for number in taken if number < epochs * samples)
+    assert places == [(epoch, block) for epoch in range(epochs) for block in range(samples)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_change_nothing(workers: int) -> None:
+    """Nor does where they start."""
+    micro, accumulation, ranks = 2, 3, 2
+    alone = iterators(29, micro, accumulation, ranks)
+    helped = iterators(29, micro, accumulation, ranks, workers)
+    for one, other in zip(alone, helped, strict=True):
+        assert take(one, 4, accumulation) == take(other, 4, accumulation)
+        assert one.state_dict() == other.state_dict()
+        resumed = iterators(29, micro, accumulation, ranks, workers)[1]
+        resumed.load_state_dict(one.state_dict())
+        straight = iterators(29, micro, accumulation, ranks)[1]
+        assert take(resumed, 2, accumulation) == take(straight, 6, accumulation)[4:]
 
 
 def test_cursor_of_another_run() -> None:

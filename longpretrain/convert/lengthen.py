@@ -16,25 +16,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from longpretrain.convert.read import (
-    RECORD_NAME,
-    carry_tokenizer,
-    finite_tensors,
-    has_tokenizer,
-    hashes,
-    model_folder,
-    run_state,
-)
+from longpretrain.convert.fairseq_names import POSITIONS
+from longpretrain.convert.read import RECORD_NAME, hashes
+from longpretrain.convert.source import Source, open_source
 from longpretrain.errors import InputError
 from longpretrain.files import fresh_folder
-from longpretrain.model import ModelConfig, read_config
+from longpretrain.model import ModelConfig
 from longpretrain.model.folder import spread, write_model
 
 Init = Literal["copy", "random", "interpolate"]
 
-POSITIONS = "longformer.embeddings.position_embeddings.weight"
-# What a checkpoint holds beside its model.
-_RUN_FILES = ("optimizer", "state.json")
 _INITS = ("copy", "random", "interpolate")
 
 
@@ -52,6 +43,8 @@ class Report:
     """Whether the source had a tokenizer to carry over."""
     beyond_hugging_face: tuple[str, ...] = ()
     """What of the new model transformers cannot compute, in words."""
+    notes: tuple[str, ...] = ()
+    """What of the source was left out, in words."""
 
     def lines(self) -> list[str]:
         """A few lines for a person."""
@@ -65,7 +58,8 @@ class Report:
             counts[origin] = counts.get(origin, 0) + 1
         lines = [f"{count:5d} x {origin}" for origin, count in counts.items()]
         tokenizer = "carried over" if self.has_tokenizer else "the source has none"
-        return [f"{self.target}: tensors", *lines, f"tokenizer: {tokenizer}", *warnings]
+        notes = [*self.notes, *warnings]
+        return [f"{self.target}: tensors", *lines, f"tokenizer: {tokenizer}", *notes]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -79,8 +73,9 @@ def convert(
     attention_window: int | Sequence[int] = 512,
     init: Init = "copy",
     seed: int = 1,
+    tokenizer: Path | str | None = None,
 ) -> Report:
-    """Makes a Longformer folder from a RoBERTa folder, or from a Longformer of another length.
+    """Makes a Longformer folder from a RoBERTa, or from a Longformer of another length.
 
     The position rows of padding (0 and 1 in RoBERTa) are kept. The rows of tokens are made from the
     source's learnt ones:
@@ -95,33 +90,34 @@ def convert(
     Global projections are copies of the local ones, unless the source has its own.
 
     Args:
-        source: a Hugging Face folder, a checkpoint of ours, or a run (its newest checkpoint).
+        source: a Hugging Face folder, a checkpoint of ours, a run (its newest checkpoint), or a
+            fairseq `.pt` with its dict.txt beside it.
         target: the folder to make: whole, or not at all.
         positions: tokens that the new model can place; more or fewer than the source's.
         attention_window: both sides together, even; one number, or one per layer.
         init: how to make the position rows.
         seed: of the random rows.
+        tokenizer: a folder with the tokenizer to take instead of the source's own.
 
     Raises:
         InputError: the source does not read or has weights that are not finite, a number does not
             fit, or the target holds something other than this very conversion.
     """
-    source, target = model_folder(source), Path(target)
-    run_state(source)  # a checkpoint's files are as they were written
-    old = read_config(source)
+    target = Path(target)
+    origin = open_source(source, tokenizer=tokenizer)
+    old = origin.config
     new = _long_config(old, positions, attention_window)
-    request = _request(source, new, init, seed)
+    request = _request(origin, new, init, seed)
     report = Report(
-        target=target, up_to_date=_is_done(target, request), origins={},
-        has_tokenizer=has_tokenizer(source), beyond_hugging_face=new.beyond_hugging_face,
+        target=target, up_to_date=_is_done(target, request), origins={}, notes=origin.notes,
+        has_tokenizer=origin.has_tokenizer, beyond_hugging_face=new.beyond_hugging_face,
     )  # fmt: skip
     if report.up_to_date:
         return report
-    state, origins = _long_state(finite_tensors(source), old, new, init, seed)
+    state, origins = _long_state(origin.tensors(), old, new, init, seed)
     with fresh_folder(target, belongs=lambda _: False) as fresh:
         write_model((new, state), fresh)
-        if report.has_tokenizer:
-            carry_tokenizer(source, fresh, new)
+        origin.carry_tokenizer(fresh, new.max_tokens)
         record = {**request, "files": hashes(fresh)}
         (fresh / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return dataclasses.replace(report, origins=origins)
@@ -176,13 +172,13 @@ def _long_config(
     )
 
 
-def _request(source: Path, new: ModelConfig, init: Init, seed: int) -> dict[str, Any]:
+def _request(source: Source, new: ModelConfig, init: Init, seed: int) -> dict[str, Any]:
     """All that decides the outcome, for the record beside it."""
     if init not in _INITS:
         raise InputError("init", got=init, wanted=" or ".join(_INITS), way_out="Pick one.")
     return {
-        "source": source.absolute().name,
-        "source_files": {n: h for n, h in hashes(source).items() if not n.startswith(_RUN_FILES)},
+        "source": source.path.absolute().name,
+        "source_files": source.hashes(),
         "positions": new.max_tokens,
         "attention_window": list(new.attention_window),
         "init": init,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.files import read_json_object, sha256
 from longpretrain.model import ModelConfig, read_tensors
@@ -26,8 +26,9 @@ def model_folder(source: Path | str) -> Path:
     """
     source = Path(source)
     if not source.is_dir():
+        got = "a file" if source.is_file() else "no such folder"
         raise InputError(
-            str(source), got="no such folder", wanted="a run, a checkpoint or a model folder",
+            str(source), got=got, wanted="a run, a checkpoint or a model folder",
             way_out="Give the folder's name, such as runs/demo.",
         )  # fmt: skip
     if (source / "config.json").is_file():
@@ -35,7 +36,7 @@ def model_folder(source: Path | str) -> Path:
     for checkpoints in (source / "checkpoints", source):
         pointer = checkpoints / "latest"
         if pointer.is_file():
-            folder = checkpoints / pointer.read_text(encoding="utf-8").strip()
+            folder = checkpoints / pointer.read_text(encoding="utf-8", errors="replace").strip()
         elif pointer.is_symlink() or pointer.is_dir():
             folder = pointer.resolve()
         else:
@@ -89,13 +90,22 @@ def finite_tensors(folder: Path) -> dict[str, Tensor]:
         InputError: the folder does not hold a model, or one with NaN or infinity in it.
     """
     tensors = read_tensors(folder)
+    need_finite(folder, tensors)
+    return tensors
+
+
+def need_finite(where: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses weights that are not all numbers.
+
+    Raises:
+        InputError: names a tensor with NaN or infinity.
+    """
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise InputError(
-                str(folder), got=f"NaN or infinity in {name}", wanted="finite weights",
+                str(where), got=f"NaN or infinity in {name}", wanted="finite weights",
                 way_out="Its training diverged, or the file is damaged: take an older one.",
             )  # fmt: skip
-    return tensors
 
 
 def need_expressible(folder: Path, config: ModelConfig) -> None:
@@ -115,22 +125,6 @@ def need_expressible(folder: Path, config: ModelConfig) -> None:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model folder holds a tokenizer's files."""
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)
-
-
-def carry_tokenizer(source: Path, target: Path, config: ModelConfig) -> None:
-    """Writes the source's tokenizer into the target, for the model's number of tokens.
-
-    Raises:
-        InputError: it has more ids than the model has word embeddings.
-    """
-    tokenizer = load_tokenizer(source)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"tokenizer of {source}", got=f"{tokenizer.vocab_size} ids",
-            wanted=f"at most {config.vocab_size}, the word embeddings of the model",
-            way_out="Put the tokenizer's files there that the model was trained with.",
-        )  # fmt: skip
-    tokenizer.save(target, max_tokens=config.max_tokens)
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -67,6 +67,8 @@ class VerifyReport:
 
     rows: tuple[VerifyRow, ...]
     """In the order they ran."""
+    notes: tuple[str, ...] = ()
+    """What is not as it was in the source, in words."""
 
     @property
     def ok(self) -> bool:
@@ -79,7 +81,7 @@ class VerifyReport:
         cells += [("ok" if r.ok else "FAIL", r.check, r.got, r.limit) for r in self.rows]
         widths = [max(len(row[column]) for row in cells) for column in range(4)]
         padded = ((c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
-        return ["  ".join(row).rstrip() for row in padded]
+        return ["  ".join(row).rstrip() for row in padded] + [f"note: {n}" for n in self.notes]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

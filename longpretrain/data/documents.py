@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,9 +94,11 @@ def _expand(given: Path) -> list[InputFile]:
     if given.is_file():
         return [_input_file(given, given.name)]
     if given.is_dir():
+        # Path.rglob would leave out, without a word, what it may not read.
         paths = sorted(
             path
-            for path in given.rglob("*")
+            for folder, _, names in os.walk(given, onerror=_raise)
+            for path in (Path(folder, name) for name in names)
             if path.suffix in SUFFIXES and path.is_file() and not _is_hidden(path, given)
         )
         if not paths:
@@ -112,6 +115,10 @@ def _expand(given: Path) -> list[InputFile]:
     return [_input_file(path, path.name) for path in files]
 
 
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
 def _is_hidden(path: Path, root: Path) -> bool:
     """Whether a file, or a folder that it lies in below the root, has a name with a dot first."""
     return any(part.startswith(".") for part in path.relative_to(root).parts)
@@ -125,7 +132,9 @@ def _input_file(path: Path, name: str) -> InputFile:
             wanted=" or ".join(SUFFIXES),
             way_out="Unpack or convert it to one of these.",
         )
-    return InputFile(path, name, path.stat().st_size)
+    # A name on disk need not be UTF-8; the manifest's text is.
+    shown = name.encode("utf-8", "backslashreplace").decode("utf-8")
+    return InputFile(path, shown, path.stat().st_size)
 
 
 def _refuse(given: Path, got: str) -> NoReturn:

@@ -250,8 +250,12 @@ def _encode_in_pool(
         for batch, future in waiting:
             yield batch, future.result()
     except BrokenProcessPool as error:
-        text = "a tokenizing process died, perhaps for want of memory: try fewer workers"
-        raise RuntimeError(text) from error
+        raise InputError(
+            "workers",
+            got="a process that died, perhaps for want of memory",
+            wanted="processes that live to the end",
+            way_out="Try fewer --workers.",
+        ) from error
 
 
 _worker_tokenizer: Tokenizer | None = None

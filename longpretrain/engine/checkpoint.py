@@ -25,7 +25,7 @@ import longpretrain
 from longpretrain.engine.task import Task
 from longpretrain.engine.zero import MOMENTS, ZeroEngine
 from longpretrain.errors import InputError
-from longpretrain.files import save_tensors, sha256, sync, write_atomically
+from longpretrain.files import read_json_object, save_tensors, sha256, sync, write_atomically
 
 FORMAT = 1
 STATE = "state.json"
@@ -78,7 +78,7 @@ def latest(run_dir: Path) -> Path | None:
     pointer = run_dir / "checkpoints" / LATEST
     if not pointer.is_file():
         return None
-    folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    folder = pointer.parent / pointer.read_text(encoding="utf-8", errors="replace").strip()
     if not (folder / STATE).is_file():
         raise InputError(
             f"{pointer}",
@@ -91,16 +91,11 @@ def latest(run_dir: Path) -> Path | None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint."""
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        found = state.get("format")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{folder / STATE}",
-            got=error,
-            wanted="a checkpoint's state",
-            way_out="The checkpoint is damaged: point checkpoints/latest at an older step folder.",
-        ) from error
+    state = read_json_object(
+        folder / STATE,
+        way_out="The checkpoint is damaged: point checkpoints/latest at an older step folder.",
+    )
+    found = state.get("format")
     if found != FORMAT:
         raise InputError(
             f"{folder / STATE}",
@@ -108,7 +103,7 @@ def read_state(folder: Path) -> dict[str, Any]:
             wanted=f"format {FORMAT}",
             way_out="It was written by another version of longpretrain: use that one.",
         )
-    return dict(state)
+    return state
 
 
 def verify_files(folder: Path, part: int = 0, parts: int = 1) -> None:

@@ -16,7 +16,7 @@ import yaml
 from longpretrain.config import Config, differences, to_tree
 from longpretrain.engine import checkpoint
 from longpretrain.errors import InputError
-from longpretrain.files import write_atomically
+from longpretrain.files import PROBE, need_writable, read_json_object, write_atomically
 from longpretrain.ranks import Ranks
 from longpretrain.recipe import from_tree
 
@@ -29,7 +29,7 @@ State = Literal["running", "done", "preempted", "failed"]
 def read_status(run_dir: Path) -> dict[str, Any]:
     """The last status.json of a run; empty if there is none."""
     path = run_dir / STATUS
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return read_json_object(path, way_out="Remove the file.") if path.is_file() else {}
 
 
 def write_status(run_dir: Path, state: State, *, reason: str, step: int) -> None:
@@ -43,12 +43,12 @@ def check_run_dir(config: Config, *, fresh: bool) -> None:
 
     Raises:
         InputError: a file, a folder of something else, or a run of another recipe (names the keys
-            that differ) that has a checkpoint; with ``fresh``, a folder that holds this run's own
-            inputs.
+            that differ) that has a checkpoint; a place where nothing can be written; with
+            ``fresh``, a folder that holds this run's own inputs.
     """
     run_dir = config.run_dir
     is_run = (run_dir / CONFIG).is_file()
-    if run_dir.exists() and not is_run and (run_dir.is_file() or any(run_dir.iterdir())):
+    if not is_run and run_dir.exists() and (not run_dir.is_dir() or _holds_files(run_dir)):
         raise InputError(
             f"run folder {run_dir}",
             got="something that is no run",
@@ -59,6 +59,12 @@ def check_run_dir(config: Config, *, fresh: bool) -> None:
         _check_movable(config)
     elif is_run and checkpoint.latest(run_dir):
         _check_same_recipe(config)
+    place = run_dir.absolute().parent if fresh and run_dir.exists() else run_dir
+    need_writable(place, what="run folder", way_out="Give another run.dir, or make it writable.")
+
+
+def _holds_files(folder: Path) -> bool:
+    return any(not path.name.startswith(PROBE) for path in folder.iterdir())
 
 
 def _check_movable(config: Config) -> None:
@@ -157,12 +163,14 @@ def status(config: Config, ranks: Ranks) -> Iterator[Callable[[State, str, int],
     try:
         yield ended
     except BaseException as error:
-        last = read_status(run_dir)
-        # The first to fail knows why; the others only see that it is gone.
-        is_told = last.get("state") == "failed" and last.get("time", 0) >= started
-        if not has_ended and not is_told:
-            reason = f"rank {ranks.rank}: {type(error).__name__}: {error}"
-            write_status(run_dir, "failed", reason=reason, step=_kept_step(run_dir))
+        # Where the telling fails too, as on a full disk, the first error is the one to tell.
+        with contextlib.suppress(OSError, InputError):
+            last = read_status(run_dir)
+            # The first to fail knows why; the others only see that it is gone.
+            is_told = last.get("state") == "failed" and last.get("time", 0) >= started
+            if not has_ended and not is_told:
+                reason = f"rank {ranks.rank}: {type(error).__name__}: {error}"
+                write_status(run_dir, "failed", reason=reason, step=_kept_step(run_dir))
         raise
 
 

@@ -1,15 +1,19 @@
 """Signals that ask a run to stop: it finishes the update, writes a checkpoint, and exits with 75.
 
 SIGUSR1 is Slurm's warning before preemption or the time limit, SIGTERM a launcher's or scancel's,
-SIGINT a person's Ctrl-C. A second Ctrl-C stops at once, without a checkpoint.
+SIGINT a person's Ctrl-C. A second Ctrl-C stops at once, without a checkpoint; one that follows
+within two seconds is taken for an echo of the first.
 """
 
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+ECHO_S = 2.0
+"""At a terminal one Ctrl-C reaches a rank twice: from the terminal and from its launcher."""
 
 
 class StopRequest:
@@ -18,7 +22,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_name = ""
         self._before: dict[signal.Signals, object] = {}
-        self._interrupts = 0
+        self._interrupted_at: float | None = None
 
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
@@ -36,7 +40,9 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            self._interrupts += 1
-            if self._interrupts > 1:
+            now = time.monotonic()
+            if self._interrupted_at is None:
+                self._interrupted_at = now
+            elif now - self._interrupted_at > ECHO_S:
                 raise KeyboardInterrupt
         self.signal_name = self.signal_name or signal.Signals(number).name

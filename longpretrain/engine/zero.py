@@ -257,7 +257,7 @@ class ZeroEngine:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         parameter = self._parameters[name]
-        shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+        shape = _whole_shape(parameter)
         if key is not None and not self.updates_applied:
             return torch.zeros(shape)  # every update so far was skipped
         if self.stage == 0:
@@ -276,6 +276,7 @@ class ZeroEngine:
 
         for name, parameter in self._parameters.items():
             value = read(name).to(parameter.device, torch.float32)
+            _check_shape(name, parameter, value)
             if self.stage == 0:
                 with torch.no_grad():
                     parameter.copy_(value)
@@ -294,6 +295,7 @@ class ZeroEngine:
         for name, parameter in self._parameters.items():
             for key in MOMENTS:
                 value = read(name, key).to(parameter.device)
+                _check_shape(name, parameter, value)
                 if self.stage == 0:
                     self._adam.state[parameter][key].copy_(value)
                 elif self.stage == 3:
@@ -348,6 +350,21 @@ def _settings_of_recipe(config: Config, accumulation: int) -> dict[str, Any]:
     elif config.precision == "fp16":
         settings["fp16"] = {"enabled": True}
     return settings
+
+
+def _whole_shape(parameter: nn.Parameter) -> torch.Size:
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _check_shape(name: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """A tensor of another shape could be broadcast at one stage and refused at another."""
+    if value.shape != _whole_shape(parameter):
+        raise InputError(
+            f"tensor {name} of the checkpoint",
+            got=f"shape {[*value.shape]}",
+            wanted=f"{[*_whole_shape(parameter)]}, that of the model",
+            way_out="The checkpoint is of another model: start anew with --fresh.",
+        )
 
 
 def _own_part(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:

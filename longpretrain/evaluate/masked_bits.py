@@ -22,7 +22,7 @@ from longpretrain.data.shards import Corpus
 from longpretrain.data.tokenizer import Tokenizer, load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.evaluate.held_out import HeldOut, TokenLosses, token_losses
-from longpretrain.files import read_json_object, write_atomically
+from longpretrain.files import need_writable, read_json_object, write_atomically
 from longpretrain.model import LongformerForMaskedLM, load_model
 
 POSITION_BUCKET = 512
@@ -154,6 +154,9 @@ def evaluate(
         InputError: no such model or corpus, altered files, another tokenizer, or an argument out
             of range, such as a length beyond the positions.
     """
+    if json_path is not None:
+        _check_json_path(json_path)  # before the work, not after it
+    _check_device(torch.device(device))
     folder = None if isinstance(model, LongformerForMaskedLM) else find_model_folder(Path(model))
     if tokenizer is None:
         assert folder is not None, "a model object needs its tokenizer beside it"
@@ -185,6 +188,21 @@ def evaluate(
     return evaluation
 
 
+def _check_json_path(path: Path) -> None:
+    way_out = "Name a file with --json, in a folder that you may write to."
+    if path.is_dir():
+        raise InputError(f"json {path}", got="a folder", wanted="a file's name", way_out=way_out)
+    need_writable(path.parent, what="json in", way_out=way_out)
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "device", got="cuda", wanted="a device that this machine has",
+            way_out="Say --device cpu, or mend the driver: torch sees no GPU here.",
+        )  # fmt: skip
+
+
 def find_model_folder(path: Path) -> Path:
     """The folder itself if it is a model's, else the latest checkpoint of the run that it is.
 
@@ -196,10 +214,10 @@ def find_model_folder(path: Path) -> Path:
     pointer = path / "checkpoints" / "latest"
     folder = pointer.parent
     if pointer.is_file():
-        folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+        folder = pointer.parent / pointer.read_text(encoding="utf-8", errors="replace").strip()
         if (folder / "config.json").is_file():
             return folder
-    got = "no such folder"
+    got = "a file" if path.is_file() else "no such folder"
     if path.is_dir():
         got = f"a latest checkpoint {folder.name} that is not there" if pointer.is_file() else (
             "neither config.json nor checkpoints/latest"

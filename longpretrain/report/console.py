@@ -47,7 +47,9 @@ class Console:
     ) -> None:
         self._total_steps = total_steps
         self._out: TextIO | None = out or sys.stdout
-        self._log = log_path.open("w" if first_step is None else "a", encoding="utf-8")
+        self._log = log_path.open(
+            "w" if first_step is None else "a", encoding="utf-8", errors="backslashreplace"
+        )  # a name that is not UTF-8 shall not stop a run
         self._has_header = False
         self._since_shown: list[dict[str, Any]] = []
         # (step, monotonic time) of the last updates: evaluations and checkpoints count in the ETA.

@@ -99,9 +99,10 @@ def write_report(run_dir: Path) -> Path:
 def _read(folder: Path) -> _Run:
     metrics, config = folder / "metrics.jsonl", folder / "config.yaml"
     if not metrics.is_file() and not config.is_file():
+        nothing = "a file" if folder.is_file() else "no such folder"
         raise InputError(
             f"run folder {folder}",
-            got="no config.yaml and no metrics.jsonl" if folder.is_dir() else "no such folder",
+            got="no config.yaml and no metrics.jsonl" if folder.is_dir() else nothing,
             wanted="the folder of a run, such as runs/demo", way_out="Check the path.",
         )  # fmt: skip
     lines = read_metrics(metrics) if metrics.is_file() else []
@@ -109,7 +110,7 @@ def _read(folder: Path) -> _Run:
         kind: [line for line in lines if line["kind"] == kind]
         for kind in ("train", "evaluation", "event")
     }
-    text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -136,7 +137,8 @@ def _setup(folder: Path, events: Sequence[Line]) -> Line:
     pointer = folder / "checkpoints" / "latest"
     found = {}
     if pointer.is_file():
-        found = _json(pointer.parent / pointer.read_text(encoding="utf-8").strip() / "state.json")
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        found = _json(pointer.parent / name / "state.json")
     for line in events:
         found |= line
     return {key: found[key] for key in ("versions", "world_size", "device") if key in found}
@@ -162,12 +164,12 @@ def _status(run: _Run) -> str:
     last = run.train[-1]["step"] if run.train else 0
     total = _get(run.config, "schedule", "total_steps")
     steps = f"step {last:,}" + (f" of {total:,}" if isinstance(total, int) else "")
-    logged = f"last update logged {_clock(run.train[-1].get('time'))}, " if run.train else ""
+    logged = f"; last update logged {_clock(run.train[-1].get('time'))}" if run.train else ""
     said = f": {html.escape(reason)}" if reason else ""
     return (
         f'<p><span class="status {look}">{html.escape(state)}</span>{steps}{said}</p>'
-        f'<p class="quiet">Run folder {html.escape(run.folder.resolve().name)}; {logged}'
-        f"page written {_clock(time.time())}.</p>"
+        # No time of writing: the same run gives the same page.
+        f'<p class="quiet">Run folder {html.escape(run.folder.resolve().name)}{logged}.</p>'
     )
 
 

@@ -40,6 +40,7 @@ BASE = (
     f"schedule.total_steps={UPDATES}",
     "schedule.warmup_steps=4",
     "optim.lr=3e-3",
+    "optim.weight_decay=0.1",
     "evaluate.every_steps=0",
 )
 RUNS = {

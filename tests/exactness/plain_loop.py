@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from longpretrain.config import Config
 from longpretrain.tasks.masked_lm import MaskedLMTask
@@ -25,11 +26,13 @@ class Curve:
     sample_ids: list[list[int]] = field(default_factory=list)
 
 
-def plain_loop(config: Config, updates: int, *, precision: str = "fp32") -> Curve:
+def plain_loop(
+    config: Config, updates: int, *, precision: str = "fp32", model: nn.Module | None = None
+) -> Curve:
     """Trains for ``updates`` updates; bf16 keeps fp32 masters and runs a rounded copy."""
     assert not config.model.dropout, "hidden dropout is keyed by rank: the twin has none"
     task = MaskedLMTask(config, Path(config.model.path))
-    model = task.build_model(Path(config.model.path)).train()
+    model = (model or task.build_model(Path(config.model.path))).train()
     masters = [p.detach().clone() for p in model.parameters() if p.requires_grad]
     if precision == "bf16":
         model.bfloat16()

@@ -117,6 +117,7 @@ def move_rows(work: Path, recipe: Path, *, quick: bool = False) -> list[Row]:
         f"schedule.total_steps={CURVE}",
         "schedule.warmup_steps=4",
         "optim.lr=3e-3",
+        "optim.weight_decay=0.1",
         "precision=fp32",
         "log.sample_ids=true",
         "evaluate.every_steps=0",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from exactness.fairseq_runs import fairseq_curve
+from exactness.hugging_face import HuggingFaceModel
 from exactness.plain_loop import Curve, plain_loop
 from exactness.runs import NO_DROPOUT, Chain, Leg, curve, differences, run_chains
 from exactness.table import Row, equal, relative_difference, within
@@ -17,6 +18,7 @@ BASE = (
     f"schedule.total_steps={UPDATES}",
     "schedule.warmup_steps=4",
     "optim.lr=3e-3",
+    "optim.weight_decay=0.1",
     "batch.global_sequences=4",
     "checkpoint.every_steps=0",
     "evaluate.every_steps=0",
@@ -59,6 +61,8 @@ def trainer_rows(work: Path, recipe: Path, *, quick: bool = False) -> list[Row]:
             work / f"fairseq-{ranks}x{micro}", config, ranks=ranks, micro=micro, updates=UPDATES
         )
         rows.append(_against(f"stock fairseq-train, {_split(ranks, micro)}", found, truth))
+    found = plain_loop(config, UPDATES, model=HuggingFaceModel(Path(config.model.path)))
+    rows.append(_against("plain loop over transformers' LongformerForMaskedLM", found, truth))
     return rows
 
 

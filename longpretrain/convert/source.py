@@ -1,0 +1,208 @@
+"""Where a model comes from: a model folder, a checkpoint or run of ours, or a fairseq `.pt`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from longpretrain.convert.fairseq_dictionary import DICTIONARY_NAME, read_dictionary
+from longpretrain.convert.fairseq_file import read_checkpoint
+from longpretrain.convert.fairseq_model import from_checkpoint
+from longpretrain.convert.read import (
+    finite_tensors,
+    has_tokenizer,
+    hashes,
+    model_folder,
+    need_finite,
+    run_state,
+)
+from longpretrain.data.tokenizer import Tokenizer, load_tokenizer
+from longpretrain.errors import InputError
+from longpretrain.files import sha256
+from longpretrain.model import ModelConfig, config_json, read_config
+
+# What a checkpoint holds beside its model.
+_RUN_FILES = ("optimizer", "state.json")
+
+
+class Source(ABC):
+    """A model to convert or to export.
+
+    Attributes:
+        path: the folder, or the file.
+        config: the model's sizes and arithmetic.
+        state: what a checkpoint of ours says of its training; empty for anything else.
+        notes: what was left out, in words.
+    """
+
+    path: Path
+    config: ModelConfig
+    state: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, tokenizer: Path | None) -> None:
+        self._given = tokenizer
+        self._tokenizer: Tokenizer | None = None
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters by their names in memory, all finite; the caller's to change."""
+
+    @abstractmethod
+    def own_hashes(self) -> dict[str, str]:
+        """sha256 of every file of the source that decides the model, by name."""
+
+    @property
+    @abstractmethod
+    def has_own_tokenizer(self) -> bool:
+        """Whether the source brings a tokenizer."""
+
+    @abstractmethod
+    def _own_tokenizer(self) -> Tokenizer:
+        """The tokenizer that it brings."""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is one: given, or the source's own."""
+        return self._given is not None or self.has_own_tokenizer
+
+    def hashes(self) -> dict[str, str]:
+        """``own_hashes``, and the fingerprint of a tokenizer that was given."""
+        if self._given is None:
+            return self.own_hashes()
+        return self.own_hashes() | {"--tokenizer": load_tokenizer(self._given).fingerprint}
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer: the one that was given, else the source's own.
+
+        Raises:
+            InputError: it has more ids than the model has word embeddings.
+        """
+        if self._tokenizer is not None or not self.has_tokenizer:
+            return self._tokenizer
+        own = self._given is None
+        tokenizer = self._own_tokenizer() if own else load_tokenizer(self._given)
+        if tokenizer.vocab_size > self.config.vocab_size:
+            raise InputError(
+                f"tokenizer of {self.path}" if own else f"tokenizer {self._given}",
+                got=f"{tokenizer.vocab_size} ids",
+                wanted=f"at most {self.config.vocab_size}, the word embeddings of the model",
+                way_out="Put the tokenizer's files there that the model was trained with.",
+            )
+        self._tokenizer = tokenizer
+        return tokenizer
+
+    def carry_tokenizer(self, target: Path, max_tokens: int) -> None:
+        """Writes the tokenizer, if there is one, into a folder of a model of this length."""
+        if tokenizer := self.tokenizer():
+            tokenizer.save(target, max_tokens=max_tokens)
+
+
+class FolderSource(Source):
+    """A model folder, a checkpoint of ours, or a run's newest one; a checkpoint's files are whole.
+
+    Raises:
+        InputError: there is none, or files of a checkpoint are not as they were written.
+    """
+
+    def __init__(self, path: Path, tokenizer: Path | None) -> None:
+        super().__init__(tokenizer)
+        self.path = model_folder(path)
+        self.state = run_state(self.path)
+        self.config = read_config(self.path)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return finite_tensors(self.path)
+
+    def own_hashes(self) -> dict[str, str]:
+        found = hashes(self.path)
+        return {name: code for name, code in found.items() if not name.startswith(_RUN_FILES)}
+
+    @property
+    def has_own_tokenizer(self) -> bool:
+        return has_tokenizer(self.path)
+
+    def _own_tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.path)
+
+
+class FairseqSource(Source):
+    """A checkpoint of fairseq's RoBERTa, with dict.txt beside it, or of our plugin.
+
+    Of our plugin no dictionary is needed: its training had the tokenizer of the folder that it
+    started from, else RoBERTa's.
+
+    Raises:
+        InputError: it does not read, is another model, or its tokenizer is missing or another's.
+    """
+
+    def __init__(self, path: Path, tokenizer: Path | None) -> None:
+        super().__init__(tokenizer)
+        self.path = path
+        model = from_checkpoint(read_checkpoint(path))
+        self.config, self.notes, self._tensors = model.config, model.notes, model.tensors
+        self.state = {"global_tokens": model.global_tokens} if model.is_plugin else {}
+        self._model_path, self._is_plugin = model.model_path, model.is_plugin
+        self._dictionary = path.parent / DICTIONARY_NAME
+        if not model.is_plugin:
+            self._need_tokenizer()
+
+    def tensors(self) -> dict[str, Tensor]:
+        need_finite(self.path, self._tensors)
+        return dict(self._tensors)
+
+    def own_hashes(self) -> dict[str, str]:
+        found = {self.path.name: sha256(self.path)}
+        if not self._is_plugin:
+            return found | ({} if self._given else {DICTIONARY_NAME: sha256(self._dictionary)})
+        if self._model_path is not None and self._given is None and self.has_own_tokenizer:
+            found["tokenizer of model_path"] = load_tokenizer(self._model_path).fingerprint
+        sizes = json.dumps(config_json(self.config), sort_keys=True)  # a folder's, maybe
+        return found | {"config": hashlib.sha256(sizes.encode()).hexdigest()}
+
+    @property
+    def has_own_tokenizer(self) -> bool:
+        if self._is_plugin:
+            return self._model_path is None or has_tokenizer(self._model_path)
+        return self._dictionary.is_file()
+
+    def _own_tokenizer(self) -> Tokenizer:
+        if self._is_plugin:
+            return load_tokenizer(self._model_path)
+        return read_dictionary(self._dictionary, rows=self.config.vocab_size)
+
+    def _need_tokenizer(self) -> None:
+        """A model without its tokenizer would be of no use, and with another's it would lie."""
+        if not self.has_tokenizer:
+            raise InputError(
+                str(self.path), got=f"no {DICTIONARY_NAME} beside it",
+                wanted="the dictionary that its ids come from",
+                way_out=f"Put {DICTIONARY_NAME} there, or say --tokenizer DIR.",
+            )  # fmt: skip
+        tokenizer = self.tokenizer()
+        if tokenizer is not None and tokenizer.vocab_size != self.config.vocab_size:
+            raise InputError(
+                f"tokenizer {self._given}", got=f"{tokenizer.vocab_size} ids",
+                wanted=f"{self.config.vocab_size}, the word embeddings of {self.path}",
+                way_out="Give the tokenizer that the model was trained with.",
+            )  # fmt: skip
+
+
+def open_source(path: Path | str, *, tokenizer: Path | str | None = None) -> Source:
+    """The model that a path means: a file is fairseq's, a folder is Hugging Face's or a run.
+
+    Args:
+        path: a run, a checkpoint, a model folder, or a fairseq `.pt`.
+        tokenizer: a folder with the tokenizer to take instead of the source's own.
+
+    Raises:
+        InputError: see FolderSource and FairseqSource.
+    """
+    path, given = Path(path), None if tokenizer is None else Path(tokenizer)
+    return FairseqSource(path, given) if path.is_file() else FolderSource(path, given)
