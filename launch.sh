@@ -36,7 +36,7 @@ case $LAUNCHER in
     torchrun) start=(torchrun --nproc-per-node "$RANKS" --master-port "$port" "$here/launch.sh") ;;
     mpirun) start=(mpirun -n "$RANKS" "$here/launch.sh") ;;
     srun) start=(srun "${overlap[@]}" --kill-on-bad-exit=1 --ntasks "$RANKS" "$here/launch.sh") ;;
-    *) echo "launch.sh: LAUNCHER: got $LAUNCHER; wanted deepspeed, torchrun, mpirun or srun" >&2; exit 2 ;;
+    *) echo "launch.sh: LAUNCHER: got $LAUNCHER; wanted deepspeed, torchrun, mpirun or srun. Choose one, or leave it out." >&2; exit 2 ;;
 esac
 if [[ " $* " == *" --dry-run "* ]]; then
     printf '%q ' "${start[@]}" "$@"; echo

@@ -144,12 +144,14 @@ def _speaker(env: Mapping[str, str]) -> str | None:
         return None
     for other in claims[1:]:
         if not claims[0].agrees(other):
+            both = (claims[0].speaker, other.speaker)
+            launchers = " or ".join(name for name, speaker in _SPEAKER.items() if speaker in both)
             raise InputError(
                 "launchers' variables",
                 got=f"{claims[0]}, but {other}",
                 wanted="one launcher, or several that agree",
-                way_out=f"Unset those that are left over, or name the launcher that counts: "
-                f"{LAUNCHER}={' or '.join(_SPEAKER)}.",
+                way_out="Unset those that are left over, or name the launcher that counts: "
+                f"{LAUNCHER}={launchers}.",
             )
     if claims[0].speaker == _TORCH and "MASTER_PORT" not in env and len(claims) > 1:
         return claims[1].speaker  # it knows where ranks meet

@@ -22,6 +22,7 @@ from longpretrain.engine import checkpoint, run_folder, zero
 from longpretrain.engine.loop import Evaluate, accumulation_steps, train
 from longpretrain.engine.signals import StopRequest
 from longpretrain.engine.zero import ZeroEngine
+from longpretrain.engine.zero_config import check_precision
 from longpretrain.errors import InputError, from_system
 from longpretrain.evaluate.held_out import HeldOut, score
 from longpretrain.model.encoder import ModelConfig
@@ -68,7 +69,7 @@ def _check_settings(
             way_out="Say model.path=FOLDER (Hugging Face RoBERTa or Longformer).",
         )
     accumulation_steps(config, world_size)
-    zero.check_precision(config, device)
+    check_precision(config, device)
     reason = why_not(config.model.attention_backend)
     if reason:
         raise InputError(
@@ -116,7 +117,7 @@ def run_rank(config: Config, *, fresh: bool) -> int:
     ranks = discover()
     device = pick_device(config.run.device, ranks.local_rank)
     with StopRequest() as stop:
-        zero.start_ranks(ranks, device)
+        zero.start_ranks(ranks, device, lambda: stop.asked)
         code = _run_joined(config, ranks, device, stop, fresh=fresh)
         # After an error the group is left to the launcher: leaving it could wait for lost peers.
         zero.stop_ranks()

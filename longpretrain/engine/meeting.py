@@ -26,7 +26,6 @@ from longpretrain.ranks import Ranks
 JOIN_TIMEOUT = "LONGPRETRAIN_JOIN_TIMEOUT_S"
 """How long ranks wait for each other, in seconds: nodes of a cluster start at their own pace."""
 
-_ROOM = "longpretrain-meeting"
 _DEFAULT_TIMEOUT_S = 600.0
 _LONGEST_TIMEOUT_S = 86_400.0
 _FAREWELL_S = 5.0
@@ -47,7 +46,7 @@ def meet(ranks: Ranks, is_stopped: Callable[[], bool]) -> Store:
     """
     wait = _Wait(is_stopped, join_timeout_s())
     store = _open(ranks, wait)
-    room = PrefixStore(_ROOM, store)
+    room = _room(store)
     try:
         objection = _sign(room, ranks, wait)
         if ranks.is_first:
@@ -106,11 +105,17 @@ class _Wait:
             if time.monotonic() > self._deadline:
                 raise too_late()
             time.sleep(pause_s)
-            pause_s = min(0.25, pause_s * 1.2)
+            pause_s = min(0.05, pause_s * 1.2)
 
     @property
     def left(self) -> timedelta:
         return timedelta(seconds=max(1.0, self._deadline - time.monotonic()))
+
+
+def _room(store: Store) -> Store:
+    """Names of our own in the store; after a restart by torchrun the old ones are still there."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"longpretrain-meeting-{attempt}", store)
 
 
 def _open(ranks: Ranks, wait: _Wait) -> Store:
@@ -169,7 +174,7 @@ def _refuse_taken_port(ranks: Ranks, error: RuntimeError) -> NoReturn:
     twice: InputError | None = None
     store = _connect(ranks, _Wait(lambda: False, timeout_s=_FAREWELL_S))
     if store:
-        room = PrefixStore(_ROOM, store)
+        room = _room(store)
         with contextlib.suppress(RuntimeError):  # a store without a rank 0 is another program's
             twice = _twice(ranks, room.get("rank 0").decode())
             room.compare_set("objection", "", _to_text(twice))

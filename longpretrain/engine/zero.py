@@ -16,14 +16,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,30 +30,12 @@ from torch import nn
 
 from longpretrain.config import Config
 from longpretrain.engine.meeting import meet
+from longpretrain.engine.zero_config import read_zero_config
 from longpretrain.errors import InputError
 from longpretrain.ranks import Ranks, free_port, publish
 from longpretrain.schedule import parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-# Numbers that a recipe owns, and where. One home per number: in a ds_configs file they are refused.
-OWNED_BY_RECIPE = {
-    "train_batch_size": "batch.global_sequences",
-    "train_micro_batch_size_per_gpu": "batch.micro_sequences",
-    "gradient_accumulation_steps": "batch.global_sequences",
-    "gradient_clipping": "optim.clip_norm",
-    "optimizer": "optim.lr and its neighbours",
-    "scheduler": "schedule.total_steps and its neighbours",
-    "fp16": "precision",
-    "bf16": "precision",
-    "bfloat16": "precision",
-    "amp": "precision",
-    "torch_autocast": "precision",
-    "data_types": "precision",
-    "steps_per_print": "log.every_steps",
-    "tensorboard": "log.tensorboard",
-    "activation_checkpointing": "activation_checkpointing",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,71 +46,6 @@ class StepResult:
 
     applied: bool
     grad_norm: float
-
-
-def find_zero_config(name: str) -> Path:
-    """A file of ds_configs/, as given from here or from the folder that holds the package."""
-    for candidate in (Path(name), Path(__file__).resolve().parents[2] / name):
-        if candidate.is_file():
-            return candidate
-    raise InputError(
-        "recipe key zero.config",
-        got=name,
-        wanted="a JSON file that exists",
-        way_out="Give a path, such as ds_configs/zero1.json.",
-    )
-
-
-def read_zero_config(name: str) -> dict[str, Any]:
-    """Reads a file of ds_configs/ and refuses what a recipe owns.
-
-    Raises:
-        InputError: no such file, not JSON, or it sets a number that lives in the recipe.
-    """
-    path = find_zero_config(name)
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{path}", got=error, wanted="JSON", way_out="Mend the file at that place."
-        ) from error
-    section = settings.get("zero_optimization") if isinstance(settings, dict) else None
-    stage = section.get("stage") if isinstance(section, dict) else None
-    if stage not in (0, 1, 2, 3):
-        raise InputError(
-            f"{path}: zero_optimization.stage",
-            got=stage,
-            wanted="0, 1, 2 or 3",
-            way_out="See ds_configs/zero1.json for the form.",
-        )
-    for key in settings:
-        if key in OWNED_BY_RECIPE:
-            raise InputError(
-                f"{path}: {key}",
-                got="a number that the recipe owns",
-                wanted="only DeepSpeed's own keys",
-                way_out=f"Remove it there and set {OWNED_BY_RECIPE[key]} in the recipe.",
-            )
-    return dict(settings)
-
-
-def check_precision(config: Config, device: torch.device) -> None:
-    """Refuses pairs of precision and stage that DeepSpeed cannot run, or runs wrongly."""
-    stage = read_zero_config(config.zero.config)["zero_optimization"]["stage"]
-    if stage == 0 and config.precision != "fp32":
-        raise InputError(
-            "recipe keys precision and zero.config",
-            got=f"{config.precision} at ZeRO stage 0",
-            wanted="a stage from 1 to 3",
-            way_out="Stage 1 on one rank does the same job: zero.config=ds_configs/zero1.json.",
-        )
-    if config.precision == "fp16" and device.type != "cuda":
-        raise InputError(
-            "recipe key precision",
-            got="fp16 on a CPU",
-            wanted="fp32 or bf16",
-            way_out="DeepSpeed runs fp16 on GPUs only: precision=bf16.",
-        )
 
 
 def start_ranks(

@@ -115,18 +115,26 @@ def launcher_rows(
 
 
 class Cells:
-    """Runs single cells; what they are compared with runs once."""
+    """Runs single cells; what they are compared with runs once.
 
-    def __init__(self, work: Path, recipe: Path) -> None:
+    Args:
+        work: where their run folders go.
+        recipe: a small run.
+        root: the project folder to start them from.
+    """
+
+    def __init__(self, work: Path, recipe: Path, root: Path = ROOT) -> None:
         self._work = work
+        self._root = root
         self._words = [
             str(recipe),
             "schedule.warmup_steps=1",
+            "schedule.decay=constant",  # the curve of few updates is the beginning of that of many
             "evaluate.every_steps=0",
             "model.dropout=0",  # the curve is then the same for every world size
             "model.attention_dropout=0",
         ]
-        self._references: dict[int, list[float]] = {}
+        self._reference: list[float] = []
         self._lock = threading.Lock()
 
     def row(self, way: Way, scenario: str) -> Row:
@@ -156,22 +164,22 @@ class Cells:
             ok=not problems,
         )
 
-    def _reference(self, updates: int) -> list[float]:
+    def _expected(self, updates: int) -> list[float]:
         """The curve of one process that no launcher started."""
         with self._lock:
-            if updates not in self._references:
-                run_dir = self._work / f"reference-{updates}" / "run"
+            if not self._reference:
+                run_dir = self._work / "reference" / "run"
                 run_dir.parent.mkdir(parents=True)
                 command = (sys.executable, "-m", "longpretrain", "train")
                 alone = Way(name="alone", command=command, ranks=1)
-                code = wait_for(self._start(alone, run_dir, updates))
+                code = wait_for(self._start(alone, run_dir, LONG))
                 assert code == 0, output_of(run_dir)
-                self._references[updates] = losses(run_dir)
-        return self._references[updates]
+                self._reference = losses(run_dir)
+        return self._reference[:updates]
 
     def _start(self, way: Way, run_dir: Path, updates: int, *more: str) -> subprocess.Popen[bytes]:
         words = [*self._words, f"run.dir={run_dir}", f"schedule.total_steps={updates}"]
-        return start(way, [*words, *(more or ("checkpoint.every_steps=0",))], run_dir)
+        return start(way, [*words, *(more or ("checkpoint.every_steps=0",))], run_dir, self._root)
 
     def _succeed(self, way: Way, run_dir: Path, problems: list[str]) -> str:
         self._go_to_the_end(way, run_dir, SHORT, problems)
@@ -223,7 +231,7 @@ class Cells:
     def _compare(self, way: Way, run_dir: Path, updates: int, problems: list[str]) -> str:
         sizes = world_sizes(run_dir)
         _expect(problems, sizes == {way.ranks}, f"world size {sizes}")
-        difference = relative_difference(losses(run_dir), self._reference(updates))
+        difference = relative_difference(losses(run_dir), self._expected(updates))
         _expect(problems, difference <= LIMIT, "the curve differs")
         return "equal" if difference == 0 else f"{difference:.1e}"
 
