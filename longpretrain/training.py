@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from longpretrain.agreement import Refused, agree, need_alike, need_shared
 from longpretrain.attention import why_not
-from longpretrain.config import Config
+from longpretrain.config import Config, flat, to_tree
 from longpretrain.engine import checkpoint, run_folder, zero
 from longpretrain.engine.loop import Evaluate, accumulation_steps, train
 from longpretrain.engine.signals import StopRequest
 from longpretrain.engine.zero import ZeroEngine
 from longpretrain.engine.zero_config import check_precision
-from longpretrain.errors import InputError, from_system
+from longpretrain.errors import InputError
 from longpretrain.evaluate.held_out import HeldOut, score
 from longpretrain.model.encoder import ModelConfig
 from longpretrain.model.folder import CONFIG_NAME, changed, read_config
@@ -31,10 +29,8 @@ from longpretrain.ranks import Ranks, discover
 from longpretrain.report import metrics as journal
 from longpretrain.tasks.masked_lm import MaskedLMTask, model_changes, open_corpus
 
-DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
-"""Exit codes of the train verb."""
-
-T = TypeVar("T")
+DONE, PREEMPTED = 0, 75
+"""Exit codes of the train verb, beside those of every verb (terminal.py)."""
 
 
 def check(config: Config, world_size: int, *, fresh: bool) -> None:
@@ -117,7 +113,9 @@ def run_rank(config: Config, *, fresh: bool) -> int:
     ranks = discover()
     device = pick_device(config.run.device, ranks.local_rank)
     with StopRequest() as stop:
-        zero.start_ranks(ranks, device, lambda: stop.asked)
+        # A person's Ctrl-C ends the wait for other ranks; a scheduler's signal is kept until there
+        # is a checkpoint to leave, or the job would not be requeued.
+        zero.start_ranks(ranks, device, lambda: stop.signal_name == "SIGINT")
         code = _run_joined(config, ranks, device, stop, fresh=fresh)
         # After an error the group is left to the launcher: leaving it could wait for lost peers.
         zero.stop_ranks()
@@ -131,9 +129,12 @@ def _run_joined(
         folder, resume_from = _check_settings(config, ranks.world_size, device, fresh=fresh)
         return _prepare(config, ranks, device, folder, resume_from)
 
-    ready = _agree(ranks, prepare)
-    if isinstance(ready, _Refused):
-        return BAD_INPUT
+    ready = agree(ranks, prepare)
+    if isinstance(ready, Refused):
+        return ready.code
+    alike = agree(ranks, lambda: need_alike(ranks, _facts(config, ready)))
+    if isinstance(alike, Refused):
+        return alike.code
     if ready.resume_from and _is_done(config, ranks, ready.resume_from):
         return DONE
     with contextlib.ExitStack() as held:
@@ -143,9 +144,12 @@ def _run_joined(
                 _open(config, held, fresh=fresh)
             return _metrics(config, ranks, device, ready.task.model_config, ready.resume_from)
 
-        log = _agree(ranks, open_folder)
-        if isinstance(log, _Refused):
-            return BAD_INPUT
+        log = agree(ranks, open_folder)
+        if isinstance(log, Refused):
+            return log.code
+        seen = agree(ranks, lambda: need_shared(ranks, config.run_dir / run_folder.CONFIG))
+        if isinstance(seen, Refused):
+            return seen.code
         end = held.enter_context(run_folder.status(config, ranks))
         held.enter_context(log)
         _announce(log, config, ranks, device, ready)
@@ -162,6 +166,18 @@ def _run_joined(
         )
         end(outcome.state, outcome.reason, outcome.step)
     return DONE if outcome.state == "done" else PREEMPTED
+
+
+def _facts(config: Config, ready: _Ready) -> dict[str, str]:
+    """What must be the same on every rank, by the names that a user knows."""
+    resume_from = ready.resume_from
+    return {
+        **{f"recipe key {key}": repr(value) for key, value in flat(to_tree(config))},
+        "checkpoint to go on from": str(resume_from),
+        "its step": str(checkpoint.read_state(resume_from)["step"] if resume_from else None),
+        **ready.task.identity(),
+        "versions": str(checkpoint.versions()),
+    }
 
 
 def _is_done(config: Config, ranks: Ranks, checkpoint_folder: Path) -> bool:
@@ -334,33 +350,3 @@ def _announce(
             "versions": checkpoint.versions(),
         }
     )
-
-
-class _Refused:
-    """Some rank's input was refused, and every rank knows."""
-
-
-def _agree(ranks: Ranks, prepare: Callable[[], T]) -> T | _Refused:
-    """Runs a part of the start on every rank; what a user can mend, on any rank, stops all of them
-    and is told once, by rank 0.
-    """
-    result: T | None = None
-    refusal = ""
-    try:
-        result = prepare()
-    except InputError as error:
-        refusal = str(error)
-    except (OSError, UnicodeEncodeError) as error:
-        found = from_system(error)
-        if found is None:
-            raise
-        refusal = str(found[0])
-    refusals: list[str | None] = [None] * ranks.world_size
-    dist.all_gather_object(refusals, refusal)
-    told = [text for text in refusals if text]
-    if not told:
-        return result  # type: ignore[return-value]
-    if ranks.is_first:
-        for text in dict.fromkeys(told):
-            print(f"longpretrain train: {text}", file=sys.stderr)
-    return _Refused()

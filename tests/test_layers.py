@@ -31,7 +31,17 @@ MAY_IMPORT = {
     "engine": {"config", "recipe", "schedule", "ranks", "report"},
     "convert": {"config", "model", "data"},
     "evaluate": {"config", "model", "data"},
-    "training": {"attention", "config", "ranks", "engine", "report", "tasks", "evaluate"}
+    "agreement": {"ranks", "terminal"},
+    "training": {
+        "agreement",
+        "attention",
+        "config",
+        "ranks",
+        "engine",
+        "report",
+        "tasks",
+        "evaluate",
+    }
     | {"data", "model"},
     "demo": {"recipe", "report", "evaluate", "data", "model"},
     "cli": {"config", "recipe", "ranks", "convert", "data", "evaluate", "report", "training"}

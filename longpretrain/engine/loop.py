@@ -79,7 +79,7 @@ def accumulation_steps(config: Config, world_size: int) -> int:
     wanted = config.batch.global_sequences
     if wanted % each:
         sizes = [each * n for n in range(max(1, wanted // each - 1), wanted // each + 3)]
-        micro = [m for m in range(1, wanted + 1) if wanted % (world_size * m) == 0]
+        micro = [m for m in range(1, min(wanted, 1024) + 1) if wanted % (world_size * m) == 0]
         way_out = f"batch.global_sequences could be {', '.join(map(str, sizes))}"
         if micro:
             way_out += f"; or batch.micro_sequences {', '.join(map(str, micro))}"
@@ -258,8 +258,9 @@ def _is_due(step: int, every: int, total: int) -> bool:
 def _check_skipped(in_a_row: int, step: int) -> None:
     if in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise FloatingPointError(
-            f"{in_a_row} updates in a row had a non-finite gradient (to step {step}); none reached "
-            "the weights. Lower optim.lr, set optim.clip_norm or use precision=bf16, and run again."
+            f"gradient: got {in_a_row} updates in a row with a non-finite one, to step {step}; "
+            "wanted finite ones. None reached the weights: lower optim.lr, set optim.clip_norm or "
+            "use precision=bf16, and begin anew or at an older checkpoint."
         )
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from ranks_helper import ROOT, rank_environment
 
 from exactness.plain_loop import Curve
@@ -90,10 +89,3 @@ def start_ranks(argv: list[str], work: Path, ranks: int) -> list[str]:
             process.kill()
     assert [process.returncode for process in processes] == [0] * ranks, texts[0][-4000:]
     return texts
-
-
-def last_checkpoint(work: Path) -> dict[str, torch.Tensor]:
-    """The weights that fairseq saved last, under our names."""
-    path = work / "checkpoints" / "checkpoint_last.pt"
-    state = torch.load(path, weights_only=True)["model"]
-    return {name.removeprefix("model."): tensor for name, tensor in state.items()}

@@ -3,7 +3,7 @@
 They catch what a comparison of two runs of today cannot: a change that moves all trainers alike.
 Floating-point bits depend on which vector instructions the libraries pick, so golden runs pin them:
 torch's portable kernels, MKL's reproducible mode, one thread. What is left is named by
-``machine()``; elsewhere the tables are compared within 1e-5 (bf16: 1e-3).
+``machine()``; elsewhere the tables are compared within 1e-5 (bf16: 2e-4), with a warning.
 
     python -m exactness.golden --write      # after a change that is meant to change the numbers
 """
@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -61,7 +62,8 @@ SECTION = f"Golden losses: {UPDATES} updates, instruction sets pinned"
 def machine() -> dict[str, str]:
     """What the bits still depend on."""
     described = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    flags = set(next(line for line in described.splitlines() if line.startswith("flags")).split())
+    lines = (line for line in described.splitlines() if line.startswith(("flags", "Features")))
+    flags = set(next(lines, "").split())
     return {
         "torch": torch.__version__,
         "machine": platform.machine(),
@@ -76,6 +78,11 @@ def golden_rows(work: Path, recipe: Path) -> list[Row]:
     kept = json.loads(TABLES.read_text(encoding="utf-8"))
     found = run_pinned(work)
     same_machine = kept["machine"] == found["machine"]
+    if not same_machine:
+        warnings.warn(
+            f"golden losses are of {kept['machine']}, this is {found['machine']}: limits, not bits",
+            stacklevel=1,
+        )
     rows = []
     for name, losses in kept["losses"].items():
         now = found["losses"].get(name, [])
@@ -90,7 +97,7 @@ def golden_rows(work: Path, recipe: Path) -> list[Row]:
             rows.append(equal(SECTION, name, "tests/golden/step_losses.json", different))
         else:
             against = f"tests/golden, of another machine ({kept['machine']})"
-            limit = 1e-3 if "bf16" in name else 1e-5
+            limit = 2e-4 if "bf16" in name else 1e-5
             rows.append(within(SECTION, name, against, now, losses, limit))
     return rows
 

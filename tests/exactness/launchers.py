@@ -30,7 +30,7 @@ SCENARIOS = ("success", "failure", "preemption", "Ctrl-C")
 LIMIT = 1e-5
 SHORT, LONG = 2, 20
 """Updates of a run, and of one that is interrupted after its second."""
-NON_FINITE = "updates in a row had a non-finite gradient"
+NON_FINITE = "updates in a row with a non-finite one"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,8 @@ class Setup:
         return f"{self.zero} {self.ranks} x {self.micro}"
 
 
-# Every ordered pair of stages, over every ordered pair of rank counts, micro-batches changing too.
+# Every ordered pair of stages, each with one of the six ordered pairs of rank counts, in turn;
+# micro-batches change too.
 _RANKS = ((1, 4, 2, 1), (2, 1, 1, 4), (2, 2, 4, 1), (4, 1, 2, 1), (1, 2, 4, 1), (4, 1, 1, 2))
 MOVES = (
     *(

@@ -84,11 +84,6 @@ def curve(run_dir: Path) -> Curve:
     )
 
 
-def events(run_dir: Path) -> list[str]:
-    """What the journal says happened."""
-    return [line["event"] for line in read_metrics(run_dir / "metrics.jsonl") if "event" in line]
-
-
 def resumed_at(run_dir: Path) -> list[int]:
     """Steps at which the run was taken up again."""
     lines = read_metrics(run_dir / "metrics.jsonl")

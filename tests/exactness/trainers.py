@@ -99,9 +99,12 @@ def bf16_rows(work: Path, recipe: Path, *, quick: bool = False) -> list[Row]:
         )
     ]
     against = "plain loop in fp32"
-    return rows + [
-        within(BF16, cell, against, losses, truth.losses, band) for cell, losses in found.items()
-    ]
+    for cell, losses in found.items():
+        row = within(BF16, cell, against, losses, truth.losses, band)
+        if relative_difference(losses, truth.losses) < band / 40:
+            row = equal(BF16, cell, against, ["nothing was rounded: did it run in bf16?"])
+        rows.append(row)
+    return rows
 
 
 def dropout_rows(work: Path, recipe: Path, *, quick: bool = False) -> list[Row]:
