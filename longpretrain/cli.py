@@ -6,16 +6,15 @@ Heavy packages are imported by the verb that needs them, so that ``--help`` answ
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeAlias
 
-from longpretrain.terminal import FAILED, Parser, check_encoding, exit_code, open_streams
+from longpretrain.terminal import FAILED, Parser, bar, check_encoding, exit_code, open_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,10 +92,10 @@ def _add_convert(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "source",
-        type=Path,
+        type=_path,
         help="Hugging Face RoBERTa or Longformer folder, or a fairseq .pt with dict.txt beside it",
     )
-    parser.add_argument("target", type=Path, help="folder to write")
+    parser.add_argument("target", type=_path, help="folder to write")
     parser.add_argument(
         "--positions", type=int, default=4096, help="longest sequence, in tokens (4096)"
     )
@@ -120,7 +119,7 @@ def _add_convert(verbs: Verbs) -> None:
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="folder with the tokenizer of the model (the source's own)",
     )
@@ -153,13 +152,13 @@ def _add_prepare(verbs: Verbs) -> None:
     parser.add_argument(
         "inputs",
         nargs="+",
-        type=Path,
+        type=_path,
         metavar="INPUT",
         help=".txt or .jsonl files, or folders of them",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=_path, required=True, help="folder to write")
     parser.add_argument(
-        "--tokenizer", type=Path, help="folder with a tokenizer (RoBERTa's BPE, which is built in)"
+        "--tokenizer", type=_path, help="folder with a tokenizer (RoBERTa's BPE, which is built in)"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes (1)")
     parser.add_argument(
@@ -176,7 +175,7 @@ def _add_prepare(verbs: Verbs) -> None:
 def _prepare(options: argparse.Namespace) -> int:
     from longpretrain.data.prepare import prepare
 
-    with _bar("prepare") as progress:
+    with bar("prepare") as progress:
         manifest = prepare(
             options.inputs,
             options.out,
@@ -191,20 +190,6 @@ def _prepare(options: argparse.Namespace) -> int:
         f"({manifest.empty_documents:,} empty documents left out)"
     )
     return 0
-
-
-@contextlib.contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, for verbs that tell (done, total)."""
-    from tqdm import tqdm
-
-    with tqdm(desc=what, unit_scale=True, disable=None, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
 
 
 def _add_train(verbs: Verbs) -> None:
@@ -260,8 +245,8 @@ def _add_evaluate(verbs: Verbs) -> None:
         "longpretrain evaluate runs/demo --data data/valid --max-tokens 512,4096",
         _evaluate,
     )
-    parser.add_argument("model", type=Path, help="model folder, checkpoint or run folder")
-    parser.add_argument("--data", type=Path, required=True, help="folder of held-out shards")
+    parser.add_argument("model", type=_path, help="model folder, checkpoint or run folder")
+    parser.add_argument("--data", type=_path, required=True, help="folder of held-out shards")
     parser.add_argument(
         "--max-tokens",
         type=_integers,
@@ -283,7 +268,7 @@ def _add_evaluate(verbs: Verbs) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(fp32)")
     parser.add_argument(
         "--json",
-        type=Path,
+        type=_path,
         help="also write the numbers here (RUN/evaluation.json for a run folder)",
     )
 
@@ -295,7 +280,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     is_run = (options.model / "checkpoints").is_dir()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with _bar("evaluate") as progress:
+    with bar("evaluate") as progress:
         result = evaluate(
             options.model,
             options.data,
@@ -320,9 +305,9 @@ def _add_export(verbs: Verbs) -> None:
         _export,
     )
     parser.add_argument(
-        "source", type=Path, help="run folder, checkpoint, model folder, or a fairseq .pt"
+        "source", type=_path, help="run folder, checkpoint, model folder, or a fairseq .pt"
     )
-    parser.add_argument("target", type=Path, help="folder to write")
+    parser.add_argument("target", type=_path, help="folder to write")
     parser.add_argument(
         "--format",
         choices=("hf", "fairseq"),
@@ -352,9 +337,9 @@ def _add_verify(verbs: Verbs) -> None:
         "longpretrain verify exported",
         _verify,
     )
-    parser.add_argument("folder", type=Path, metavar="A", help="model folder")
+    parser.add_argument("folder", type=_path, metavar="A", help="model folder")
     parser.add_argument(
-        "other", type=Path, nargs="?", metavar="B", help="another one, to compare tensor by tensor"
+        "other", type=_path, nargs="?", metavar="B", help="another one, to compare tensor by tensor"
     )
 
 
@@ -374,7 +359,7 @@ def _add_report(verbs: Verbs) -> None:
         "longpretrain report runs/demo",
         _report,
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("run_dir", type=_path, metavar="RUN", help="run folder")
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -382,6 +367,12 @@ def _report(options: argparse.Namespace) -> int:
 
     print(f"wrote {write_report(options.run_dir)}")
     return 0
+
+
+def _path(text: str) -> Path:
+    if not text:  # Path("") would be the current folder
+        raise argparse.ArgumentTypeError("got nothing; wanted a path (is a shell variable unset?)")
+    return Path(text)
 
 
 def _integers(text: str) -> list[int]:

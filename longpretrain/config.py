@@ -256,6 +256,28 @@ def _check(config: Config) -> None:
     """Ranges that need no file; relations to data, model and ranks are checked where those are
     known.
     """
+    _check_signs(config)
+    _check_shares(config)
+    if (
+        config.schedule.warmup_steps >= config.schedule.total_steps
+        and config.schedule.decay == "polynomial"
+    ):
+        raise InputError(
+            "recipe key schedule.warmup_steps",
+            got=config.schedule.warmup_steps,
+            wanted=f"less than schedule.total_steps = {config.schedule.total_steps}",
+            way_out="Shorten the warm-up or lengthen the run.",
+        )
+    if config.data.max_tokens < 4:
+        raise InputError(
+            "recipe key data.max_tokens",
+            got=config.data.max_tokens,
+            wanted="4 or more (two are <s> and </s>)",
+            way_out="4096 is the published value.",
+        )
+
+
+def _check_signs(config: Config) -> None:
     positive = {
         "data.max_tokens": config.data.max_tokens,
         "batch.global_sequences": config.batch.global_sequences,
@@ -287,6 +309,9 @@ def _check(config: Config) -> None:
             raise InputError(
                 f"recipe key {key}", got=value, wanted="0 or more", way_out=f"Set {key}."
             )
+
+
+def _check_shares(config: Config) -> None:
     shares = {
         "masking.probability": config.masking.probability,
         "model.dropout": config.model.dropout or 0.0,
@@ -297,6 +322,13 @@ def _check(config: Config) -> None:
             raise InputError(
                 f"recipe key {key}", got=share, wanted="0 <= x < 1", way_out=f"Set {key}."
             )
+    if round(256 * shares["model.attention_dropout"]) == 256:  # attention counts in 256ths
+        raise InputError(
+            "recipe key model.attention_dropout",
+            got=config.model.attention_dropout,
+            wanted="at most 255/256 when rounded to 256ths",
+            way_out="0.1 is the published value.",
+        )
     if config.masking.probability == 0:
         raise InputError(
             "recipe key masking.probability",
@@ -310,21 +342,4 @@ def _check(config: Config) -> None:
             got=list(config.optim.betas),
             wanted="two numbers, 0 <= x < 1",
             way_out="[0.9, 0.98] is the published value.",
-        )
-    if (
-        config.schedule.warmup_steps >= config.schedule.total_steps
-        and config.schedule.decay == "polynomial"
-    ):
-        raise InputError(
-            "recipe key schedule.warmup_steps",
-            got=config.schedule.warmup_steps,
-            wanted=f"less than schedule.total_steps = {config.schedule.total_steps}",
-            way_out="Shorten the warm-up or lengthen the run.",
-        )
-    if config.data.max_tokens < 4:
-        raise InputError(
-            "recipe key data.max_tokens",
-            got=config.data.max_tokens,
-            wanted="4 or more (two are <s> and </s>)",
-            way_out="4096 is the published value.",
         )

@@ -1,12 +1,14 @@
 """Errors that a user can mend: each says what, got, wanted, and the way out, in one line.
 
-Ours are ``InputError``; what the operating system refuses is told in the same form.
+Ours are ``InputError``; what the operating system refuses is told in the same form, which hides
+where: LONGPRETRAIN_TRACEBACK=1 prints the traceback before it.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import traceback
 
 
 class InputError(ValueError):
@@ -63,17 +65,29 @@ _OF_THE_MACHINE = {
 def from_system(error: OSError | UnicodeEncodeError) -> tuple[InputError, bool] | None:
     """What the system refused, in our form, and whether a path of the user's is the cause.
 
-    None: an error that says nothing to a user, whose traceback is the better report.
+    None: an error that says nothing to a user, whose traceback is the better report. The path need
+    not be the user's (a library may look for a program): with LONGPRETRAIN_TRACEBACK set the
+    traceback is printed at once.
     """
-    if isinstance(error, UnicodeEncodeError):
-        name = error.object[max(0, error.start - 30) : error.end + 30]
-        told = InputError(
-            f"name or text {name!a}",
-            got=f"a character that {error.encoding} cannot write",
-            wanted="names in UTF-8, under a locale of UTF-8",
-            way_out="Rename it, or set LC_ALL=C.UTF-8 and PYTHONUTF8=1.",
-        )
-        return told, True
+    told = _of_text(error) if isinstance(error, UnicodeEncodeError) else _of_system(error)
+    if told and os.environ.get("LONGPRETRAIN_TRACEBACK"):
+        traceback.print_exception(error)
+    return told
+
+
+def _of_text(error: UnicodeEncodeError) -> tuple[InputError, bool]:
+    name = error.object[max(0, error.start - 30) : error.end + 30]
+    told = InputError(
+        f"name or text {name!a}",
+        got=f"a character that {error.encoding} cannot write",
+        wanted="names in UTF-8, under a locale of UTF-8",
+        way_out="Rename it, or set LC_ALL=C.UTF-8 and PYTHONUTF8=1. "
+        "LONGPRETRAIN_TRACEBACK=1 shows where.",
+    )
+    return told, True
+
+
+def _of_system(error: OSError) -> tuple[InputError, bool] | None:
     found = _OF_THE_PATH.get(error.errno or 0) or _OF_THE_MACHINE.get(error.errno or 0)
     if not found:
         return None
@@ -84,4 +98,7 @@ def from_system(error: OSError | UnicodeEncodeError) -> tuple[InputError, bool] 
     got = (error.strerror or os.strerror(error.errno or 0)).lower()
     wanted, way_out = found
     what = what if shown else "reading or writing a file"
-    return InputError(what, got=got, wanted=wanted, way_out=way_out), is_path
+    told = InputError(
+        what, got=got, wanted=wanted, way_out=f"{way_out} LONGPRETRAIN_TRACEBACK=1 shows where."
+    )
+    return told, is_path

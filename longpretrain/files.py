@@ -29,11 +29,12 @@ def write_atomically(path: Path, text: str) -> None:
     """Replaces a text file (UTF-8, newlines as given): whole or not at all."""
     part = path.with_name(f".{path.name[:_SHOWN]}.{uuid.uuid4().hex}.part")
     try:
-        with told_as(path, part), part.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        with told_as(path, part):
+            with part.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
         sync(path.parent)
     finally:
         with contextlib.suppress(OSError):
@@ -70,6 +71,8 @@ def told_as(path: Path, part: Path) -> Iterator[None]:
             error.filename = str(path)
         elif str(error.filename).startswith(str(part)):
             error.filename = str(path) + str(error.filename).removeprefix(str(part))
+            if str(error.filename2) == error.filename:  # of the rename
+                error.filename2 = None
         raise
 
 
@@ -159,13 +162,13 @@ def fresh_folder(target: Path | str, *, belongs: Callable[[Path], bool]) -> Iter
         with told_as(target, fresh):
             fresh.mkdir()
             yield fresh
-        for path in sorted(fresh.rglob("*")):
-            sync(path)
-        sync(fresh)
-        _refuse_foreign(target, belongs)
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
+            for path in sorted(fresh.rglob("*")):
+                sync(path)
+            sync(fresh)
+            _refuse_foreign(target, belongs)
+            if target.exists():
+                target.rename(old)
+            fresh.rename(target)
         sync(target.parent)
     finally:
         if old.exists() and not target.exists():

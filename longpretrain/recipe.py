@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ from longpretrain.config import Config, flat, to_tree
 from longpretrain.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
+
+_PATHS = ("run.dir", "model.path", "data.train", "data.valid", "zero.config")
+"""Keys that hold a path: a leading ~ is the home folder."""
 
 # What neighbouring projects call some keys: the suggestion for an unknown one.
 _ALSO_CALLED = {
@@ -74,6 +78,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Config:
     tree.setdefault("name", path.stem)
     for override in overrides:
         _override(tree, override)
+    _expand_home(tree)
     return from_tree(tree)
 
 
@@ -88,6 +93,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise InputError(
             "override", got=override, wanted="key=value", way_out="For example optim.lr=1e-4."
         )
+    value = _override_value(dotted, text)
     *sections, key = dotted.split(".")
     for number, section in enumerate(sections, 1):
         entry: Any = tree.setdefault(section, {})
@@ -100,15 +106,60 @@ def _override(tree: dict[str, Any], override: str) -> None:
                 way_out=f"{upper} is a single value: write {upper}=VALUE.",
             )
         tree = entry
+    tree[key] = value
+
+
+def _override_value(key: str, text: str) -> Any:
+    """What an override says, as YAML. Where a text is wanted it stands as it is, also if YAML would
+    read a number or date; quotes around all of it go, and null is the empty text.
+    """
+    if not text.strip() and key in _PATHS:
+        way_out = "Give one; is a shell variable unset?"
+        if key in ("run.dir", "data.valid"):  # the others have to be something
+            way_out = f"Is a shell variable unset? For the default write {key}=null."
+        raise InputError(f"recipe key {key}", got="nothing", wanted="a path", way_out=way_out)
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if _hint(key) is str and text != "null" and not is_quoted:
+        return text
     try:
-        tree[key] = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(
-            f"override {override}",
+            f"override {key}={text}",
             got=f"a value that is not YAML ({error})",
             wanted="a number, word or [list]",
             way_out="Put a text with YAML's own signs in quotes.",
         ) from error
+
+
+def _hint(dotted: str) -> Any:
+    """The type of a recipe's key; None if there is no such key."""
+    hint: Any = Config
+    for key in dotted.split("."):
+        hint = typing.get_type_hints(hint).get(key) if dataclasses.is_dataclass(hint) else None
+    return hint
+
+
+def _expand_home(tree: dict[str, Any]) -> None:
+    """Shells leave the ~ of ``run.dir=~/x`` alone."""
+    for dotted in _PATHS:
+        section, key = dotted.split(".")
+        entries = tree.get(section)
+        if not isinstance(entries, dict):
+            continue
+        path = entries.get(key)
+        if not isinstance(path, str) or not path.startswith("~"):
+            continue
+        # An empty HOME would make /x of ~/x.
+        home = os.path.expanduser(path) if os.environ.get("HOME") != "" else path  # noqa: PTH111
+        if home.startswith("~"):
+            raise InputError(
+                f"recipe key {dotted}",
+                got=f"{path}, whose home folder nobody knows",
+                wanted="a path",
+                way_out="Set HOME, or write the path in full; ./~ begins a name with that sign.",
+            )
+        entries[key] = home
 
 
 def _build(cls: type, tree: Any, prefix: str) -> Any:
@@ -184,15 +235,18 @@ def _scalar(key: str, kind: type, value: Any) -> Any:
     if kind in (int, float) and not isinstance(value, bool) and value is not None:
         try:  # YAML 1.1 reads 1e-4 as a string
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = float("nan")
         if kind is float and not math.isnan(number):
             return number
         if kind is int and math.isfinite(number) and number.is_integer():
             return int(number)
+    way_out = f"Write {key}=VALUE or mend the recipe."
+    if kind is str:
+        way_out = "Mend the recipe: there a number or a date that is meant as text goes in quotes."
     raise InputError(
         f"recipe key {key}",
         got=repr(value),
         wanted=f"a value of type {kind.__name__}",
-        way_out=f"Write {key}=VALUE or mend the recipe.",
+        way_out=way_out,
     )

@@ -141,7 +141,7 @@ def _run_joined(
 
         def open_folder() -> journal.MetricsLog:
             if ranks.is_first:
-                _open(config, held, fresh=fresh)
+                _open(config, held, ready.resume_from, fresh=fresh)
             return _metrics(config, ranks, device, ready.task.model_config, ready.resume_from)
 
         log = agree(ranks, open_folder)
@@ -193,15 +193,19 @@ def _is_done(config: Config, ranks: Ranks, checkpoint_folder: Path) -> bool:
     return True
 
 
-def _open(config: Config, held: contextlib.ExitStack, *, fresh: bool) -> None:
-    existed = config.run_dir.exists()
-    if existed:
-        held.enter_context(run_folder.only_writer(config.run_dir))
-    moved = run_folder.open_run(config, fresh=fresh)
-    if moved or not existed:
-        held.enter_context(run_folder.only_writer(config.run_dir))
+def _open(
+    config: Config, held: contextlib.ExitStack, resume_from: Path | None, *, fresh: bool
+) -> None:
+    moved = held.enter_context(run_folder.opened(config, fresh=fresh))
     if moved:
         print(f"--fresh: the old run was moved to {moved}", flush=True)
+    if checkpoint.latest(config.run_dir) != resume_from:  # read before the folder was locked
+        raise InputError(
+            f"run folder {config.run_dir}",
+            got="a checkpoint that another process has just written",
+            wanted="one writer at a time",
+            way_out="Run the command again.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +271,7 @@ def _check_same_corpus(resume_from: Path, task: MaskedLMTask) -> None:
         raise InputError(
             "corpus of the run",
             got=f"data.train with fingerprint {task.corpus.fingerprint[:16]}",
-            wanted=f"{stored['corpus'][:16]}, the one that {resume_from} was trained on",
+            wanted=f"{stored.get('corpus', '')[:16]}, the one that {resume_from} was trained on",
             way_out="Give data.train=DIR of that corpus, or start anew with --fresh.",
         )
 

@@ -3,6 +3,8 @@ behind."""
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -179,9 +181,44 @@ def test_truncated_weights(refused: Refused, recipe: Path, small_run: Path, tmp_
     assert "longer" not in contents(tmp_path)
 
 
+def test_an_evaluation_may_be_replaced(small_run: Path, tmp_path: Path) -> None:
+    scores = tmp_path / "scores.json"
+    scores.touch()  # as mktemp does
+    words = ["evaluate", small_run / "models" / "long", "--data", small_run / "data" / "valid",
+             "--max-tokens", 64, "--sequences", 1, "--json", scores]  # fmt: skip
+    assert exit_code(*words) == 0
+    first = scores.read_bytes()
+    assert exit_code(*words) == 0
+    assert scores.read_bytes() == first
+
+
+@pytest.mark.parametrize("wish", ["", "1"])
+def test_a_traceback_on_request(
+    wish: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For what the system refuses, as its path may be a library's; not for our own errors."""
+
+    def look_for_a_program(*_: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "nvcc")
+
+    monkeypatch.setenv("LONGPRETRAIN_TRACEBACK", wish)
+    assert exit_code("prepare", "no-such", "--out", "out") == 2
+    assert "LONGPRETRAIN" not in check_form(capsys.readouterr().err, "prepare")
+    monkeypatch.setattr(
+        importlib.import_module("longpretrain.data.prepare"), "find_inputs", look_for_a_program
+    )
+    assert exit_code("prepare", "texts", "--out", "out") == 2
+    *before, line = capsys.readouterr().err.splitlines()
+    assert "path nvcc: got no such file" in check_form(line, "prepare")
+    assert line.endswith(" LONGPRETRAIN_TRACEBACK=1 shows where.")
+    assert any("in look_for_a_program" in part for part in before) == bool(before) == bool(wish)
+
+
 @pytest.mark.parametrize("key", ["model.path", "data.train"])
 def test_required_keys_are_named(refused: Refused, recipe: Path, key: str) -> None:
-    assert f"recipe key {key}: got nothing" in refused("train", recipe, f"{key}=", "--check")
+    for value in ("", "null"):
+        line = refused("train", recipe, f"{key}={value}", "--check")
+        assert f"recipe key {key}: got nothing" in line
 
 
 def test_check_writes_nothing(recipe: Path, tmp_path: Path) -> None:

@@ -54,6 +54,39 @@ def test_overrides_win_and_take_yaml() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "taken"),
+    [
+        *((text, text) for text in ("123", "2024-01-01", "yes", "a: b", "[x]", "x #1", "*", "'")),
+        ("'a: b'", "a: b"),
+        ('"123"', "123"),
+        ("null", ""),
+    ],
+)
+def test_a_text_stands_as_it_is(text: str, taken: str) -> None:
+    assert load_recipe("demo", [f"run.dir={text}"]).run.dir == taken
+
+
+@pytest.mark.parametrize(
+    "key", ["run.dir", "model.path", "data.train", "data.valid", "zero.config"]
+)
+def test_home_in_a_path(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell does not put it there after ``=``, nor does anyone in a file."""
+    section, name = key.split(".")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({section: {name: "~/x"}}))
+    monkeypatch.setenv("HOME", "/home/me")
+    for config in (load_recipe("demo", [f"{key}=~/x"]), load_recipe(str(path))):
+        assert dict(flat(to_tree(config)))[key] == "/home/me/x"
+    other = load_recipe("demo", [f"{key}=./~x"])
+    assert dict(flat(to_tree(other)))[key] == "./~x"
+    with pytest.raises(InputError, match=rf"recipe key {key}: got ~no-such-user/x, whose home"):
+        load_recipe("demo", [f"{key}=~no-such-user/x"])
+    monkeypatch.setenv("HOME", "")
+    with pytest.raises(InputError, match="Set HOME, or write the path in full"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
     ("override", "nearest"),
     [
         ("optim.learning_rate=1", "optim.lr"),
@@ -80,6 +113,11 @@ def test_unknown_key_names_the_nearest(override: str, nearest: str) -> None:
         ("optim.lr=.inf", "wanted 0 or more"),
         ("optim.lr=.nan", "wanted a value of type float"),
         ("model.dropout=1", "wanted 0 <= x < 1"),
+        ("model.attention_dropout=0.9999", "wanted at most 255/256"),
+        ("run.dir=", r"Is a shell variable unset\? For the default write run.dir=null"),
+        ("zero.config= ", "got nothing; wanted a path"),
+        ("name='a'b'", "a value that is not YAML"),
+        (f"run.seed=1{'0' * 400}", "wanted a value of type int"),
         ("masking.probability=0", "wanted more than 0"),
         ("optim.betas=[0.9]", "wanted two numbers"),
         ("schedule.warmup_steps=70000", "wanted less than schedule.total_steps"),
@@ -102,6 +140,7 @@ def test_recipe_files_that_are_none(tmp_path: Path) -> None:
         ("a: [", "wanted YAML"),
         ("- a", "wanted sections"),
         ("a: 1", "unknown key"),
+        ("run: {dir: 2024-01-01}", "Mend the recipe: there a number or a date .* in quotes"),
     ):
         path = tmp_path / "recipe.yaml"
         path.write_text(text)

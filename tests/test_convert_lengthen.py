@@ -179,6 +179,27 @@ def test_a_longformer_keeps_its_own_global_projections(tmp_path: Path) -> None:
     assert read_config(tmp_path / "b").max_tokens == 20
 
 
+@pytest.mark.parametrize("policy", ["none", "first"])
+def test_global_projections_of_a_checkpoint_are_those_of_its_export(
+    policy: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(SHORT, model_type="longformer", attention_window=(8, 8))
+    save_model(LongformerForMaskedLM(config), tmp_path / "a")
+    (tmp_path / "a" / "state.json").write_text(json.dumps({"global_tokens": policy}))
+    report = convert(tmp_path / "a", tmp_path / "b", positions=32, attention_window=8)
+    export(tmp_path / "a", tmp_path / "c")
+    old, new, exported = (read_tensors(tmp_path / name) for name in "abc")
+    assert all(tensor.equal(exported[name]) for name, tensor in new.items())
+    for name in (name for name in new if "_global." in name):
+        assert new[name].equal(old[name.replace("_global.", ".") if policy == "none" else name])
+    count = list(report.origins.values()).count("copies of the local projections")
+    assert count == (12 if policy == "none" else 0)
+    (tmp_path / "a" / "state.json").write_text(json.dumps({"global_tokens": "every_4"}))
+    with pytest.raises(InputError, match=r"another conversion \(global_tokens differ\)"):
+        convert(tmp_path / "a", tmp_path / "b", positions=32, attention_window=8)
+
+
 def test_the_tokenizer_comes_along_with_its_new_length(tmp_path: Path) -> None:
     tokenizer = load_tokenizer()
     config = dataclasses.replace(SHORT, vocab_size=tokenizer.vocab_size)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import errno
+import fcntl
 import shutil
 from pathlib import Path
 
@@ -24,45 +26,9 @@ def config(run_dir: Path, **sections: dict[str, object]) -> Config:
     return from_tree({"run": {"dir": str(run_dir)}, **sections})
 
 
-def make_checkpoint(run_dir: Path, step: int, *, latest: bool = True) -> None:
-    folder = run_dir / "checkpoints" / f"step-{step:06d}"
-    folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"format": 1, "step": step, "files": {}}))
-    if latest:
-        (folder.parent / "latest").write_text(folder.name + "\n")
-
-
-def steps(run_dir: Path) -> list[int]:
-    return sorted(int(p.name[5:]) for p in (run_dir / "checkpoints").glob("step-*"))
-
-
-def test_old_checkpoints_go_by_number_and_left_time_lines_too(tmp_path: Path) -> None:
-    for step in (999_000, 999_500, 1_000_000, 1_000_500):
-        make_checkpoint(tmp_path, step)
-    part = tmp_path / "checkpoints" / ".step-000007.part"
-    part.mkdir()
-    checkpoint._remove_old(tmp_path / "checkpoints", 1_000_000, 2)
-    assert steps(tmp_path) == [999_500, 1_000_000]
-    assert not part.exists()
-    checkpoint._remove_old(tmp_path / "checkpoints", 1_000_000, 0)
-    assert steps(tmp_path) == [999_500, 1_000_000]
-
-
-@pytest.mark.parametrize("state", ["{", "[]", '{"format": 99}'])
-def test_damaged_state_is_refused(tmp_path: Path, state: str) -> None:
-    make_checkpoint(tmp_path, 3)
-    folder = checkpoint.latest(tmp_path)
-    assert folder is not None
-    (folder / "state.json").write_text(state)
-    with pytest.raises(InputError, match=r"state\.json: got "):
-        checkpoint.read_state(folder)
-
-
-def test_latest_that_names_nothing_is_refused(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path, 3)
-    (tmp_path / "checkpoints" / "latest").write_text("step-000009\n")
-    with pytest.raises(InputError, match="step-000009, which is no checkpoint"):
-        checkpoint.latest(tmp_path)
+def open_run(config: Config, *, fresh: bool) -> Path | None:
+    with run_folder.opened(config, fresh=fresh) as moved:
+        return moved
 
 
 def test_foreign_folders_are_neither_written_nor_moved(tmp_path: Path) -> None:
@@ -78,22 +44,23 @@ def test_foreign_folders_are_neither_written_nor_moved(tmp_path: Path) -> None:
 def test_fresh_does_not_move_its_own_inputs(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     inside = config(run_dir, data={"train": str(run_dir / "data")})
-    run_folder.open_run(inside, fresh=False)
+    open_run(inside, fresh=False)
     with pytest.raises(InputError, match="inside the run folder that --fresh would move"):
         run_folder.check_run_dir(inside, fresh=True)
 
 
 def test_another_recipe_is_refused_once_there_is_work_to_lose(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    run_folder.open_run(config(run_dir), fresh=False)
+    open_run(config(run_dir), fresh=False)
     other = config(run_dir, optim={"lr": 1.0})
     run_folder.check_run_dir(other, fresh=False)  # no checkpoint yet: a mended start
-    make_checkpoint(run_dir, 3)
+    (run_dir / "checkpoints" / "step-000003").mkdir(parents=True)
+    (run_dir / "checkpoints" / "step-000003" / "state.json").write_text("{}")
     with pytest.raises(InputError, match=r"optim\.lr was 3e-05 and is now 1\.0"):
         run_folder.check_run_dir(other, fresh=False)
     run_folder.check_run_dir(other, fresh=True)
-    assert run_folder.open_run(other, fresh=True) == tmp_path / "run.old-1"
-    assert steps(tmp_path / "run.old-1") == [3]
+    assert open_run(other, fresh=True) == tmp_path / "run.old-1"
+    assert (tmp_path / "run.old-1" / "checkpoints" / "step-000003").is_dir()
     assert checkpoint.latest(run_dir) is None
     (tmp_path / "run.old-1" / "config.yaml").write_text("a: [")
     with pytest.raises(InputError, match="wanted the recipe of the run"):
@@ -105,6 +72,54 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     with run_folder.only_writer(tmp_path), refused, run_folder.only_writer(tmp_path):
         pass
     with run_folder.only_writer(tmp_path):
+        pass
+
+
+def is_locked(run_dir: Path) -> bool:
+    with contextlib.suppress(InputError), run_folder.only_writer(run_dir):
+        return False
+    return True
+
+
+def test_nothing_is_written_or_moved_before_the_lock(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    for fresh in (False, True):
+        refused = pytest.raises(InputError, match="a run that is going on")
+        with run_folder.only_writer(run_dir), refused:
+            open_run(config(run_dir), fresh=fresh)
+    assert sorted(disk(tmp_path)) == ["run", "run/.lock"]
+    run_folder.check_run_dir(config(run_dir), fresh=False)  # a start that came no further
+    assert open_run(config(run_dir), fresh=True) is None
+    with run_folder.opened(config(run_dir), fresh=True) as moved:
+        assert moved == tmp_path / "run.old-1"
+        assert is_locked(run_dir)
+        assert is_locked(moved)
+    assert not is_locked(run_dir)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_file_systems_without_locks_are_told_of_once(
+    number: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    told = f"run folder {tmp_path / 'run'}: no locks on this file system; start one run at a time\n"
+    for moved in (None, tmp_path / "run.old-1"):
+        assert open_run(config(tmp_path / "run"), fresh=True) == moved
+        assert capsys.readouterr().out == told
+
+
+def test_other_errors_of_a_lock_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="Input/output"), run_folder.only_writer(tmp_path):
         pass
 
 
@@ -241,6 +256,21 @@ class TestResume:
         assert exit_code(*words) == 2
         assert "query_global" in check_form(capsys.readouterr().err, "train")
         assert disk(run_dir / "checkpoints") == before
+
+    def test_lost_latest_never_begins_anew(
+        self, begun: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run_dir = tmp_path / "run"
+        shutil.copytree(begun[1], run_dir)
+        (run_dir / "checkpoints" / "latest").unlink()
+        assert exit_code("train", begun[0], f"run.dir={run_dir}") == 0  # the one that is there
+        assert "step-000002, step 2 of 3" in (run_dir / "metrics.jsonl").read_text()
+        (run_dir / "checkpoints" / "latest").unlink()
+        before = disk(run_dir)
+        capsys.readouterr()
+        assert exit_code("train", begun[0], f"run.dir={run_dir}") == 2
+        assert "no such file, but step-" in check_form(capsys.readouterr().err, "train")
+        assert disk(run_dir) == before
 
     def test_the_first_model_is_needed_no_more(
         self, begun: tuple[Path, Path], tmp_path: Path

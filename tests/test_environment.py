@@ -158,6 +158,9 @@ def test_read_only_places_are_refused(main_job: Finished, place: Path, tmp_path:
     secret.mkdir(parents=True)
     (secret / "a.txt").write_text("text")
     (closed / "secret.txt").write_text("text")
+    trash = closed / "texts" / ".Trash-0"
+    trash.mkdir(parents=True)
+    (closed / "texts" / "a.txt").write_text("text")
     refused = [
         ["train", RECIPE, f"run.dir={closed}/new/run", "--check"],
         ["train", RECIPE, f"run.dir={closed}/new/run"],
@@ -172,19 +175,22 @@ def test_read_only_places_are_refused(main_job: Finished, place: Path, tmp_path:
         ["prepare", f"{closed}/тексты", "--out", "out"],
         ["verify", f"{secret}/model"],
     ]
-    works = ["evaluate", f"{closed}/run", *SCORE, "--json", str(tmp_path / "scores.json")]
+    works = [
+        ["evaluate", f"{closed}/run", *SCORE, "--json", str(tmp_path / "scores.json")],
+        ["prepare", f"{closed}/texts", "--out", str(tmp_path / "corpus")],
+    ]
     modes = {path: path.stat().st_mode for path in (closed, *closed.rglob("*"))}
     before = sorted(modes)
     for path in modes:
         path.chmod(0o555 if path.is_dir() else 0o444)
-    for path in (secret, closed / "secret.txt"):
+    for path in (secret, closed / "secret.txt", trash):
         path.chmod(0)
     try:
-        finished = run(place, [*refused, works], bound=True, HOME=str(closed))
+        finished = run(place, [*refused, *works], bound=True, HOME=str(closed))
     finally:
         for path, mode in modes.items():
             path.chmod(mode)
-    assert finished.codes == [2] * len(refused) + [0], "".join(finished.errors)
+    assert finished.codes == [2] * len(refused) + [0, 0], "".join(finished.errors)
     for command, error in zip(refused, finished.errors, strict=False):
         # Before ours matplotlib may say that its cache is not in HOME.
         assert ": got permission denied" in check_form(error.splitlines()[-1], command[0])
@@ -227,6 +233,13 @@ def test_closed_streams(main_job: Finished, place: Path, redirection: str) -> No
     )
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
     assert page.read_bytes() == before
+
+
+def test_streams_that_were_closed_reach_our_children() -> None:
+    code = "import os; from longpretrain.terminal import open_streams; open_streams(); "
+    code += "raise SystemExit(not all(map(os.get_inheritable, range(3))))"
+    words = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code]
+    assert subprocess.run(words, env=environment(), check=False).returncode == 0
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

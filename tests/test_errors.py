@@ -7,6 +7,7 @@ import errno
 import importlib
 import os
 import resource
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -93,6 +94,12 @@ convert short file/out
 convert short foreign
 convert short out --positions 0
 convert short out --positions -1
+convert short out --positions 99999999999
+convert short out --init random --seed 99999999999999999999999
+convert short out --init random --seed -1
+convert "" out
+convert short ""
+convert short out --tokenizer ""
 convert short out --positions many
 convert short out --attention-window 15
 convert short out --attention-window 16,
@@ -112,6 +119,9 @@ prepare list.jsonl --out out
 prepare cut.jsonl --out out
 prepare number.jsonl --out out
 prepare number.jsonl --out out --field body
+prepare "" --out out
+prepare texts "" --out out
+prepare texts --out ""
 prepare texts --out file
 prepare texts --out file/out
 prepare texts --out foreign
@@ -140,6 +150,14 @@ train recipe.yaml optim.lr.peak=3
 train recipe.yaml optim=3
 train recipe.yaml optim.rate=3
 train recipe.yaml precision=fp8
+train ""
+train recipe.yaml run.dir=
+train recipe.yaml run.dir=~no-such-user/run
+train recipe.yaml model.path=
+train recipe.yaml data.train=
+train recipe.yaml data.valid=
+train recipe.yaml zero.config=
+train recipe.yaml model.attention_dropout=0.9999 --check
 train recipe.yaml run.dir=file
 train recipe.yaml run.dir=file/run
 train recipe.yaml run.dir=foreign
@@ -161,6 +179,11 @@ train recipe.yaml --frsh
 train recipe.yaml --check --dry-run
 evaluate
 evaluate long
+evaluate "" --data corpus
+evaluate long --data ""
+evaluate long --data corpus --json ""
+evaluate long --data corpus --json bad-run/metrics.jsonl
+evaluate long --data corpus --json long/config.json
 evaluate no-such --data corpus
 evaluate file --data corpus
 evaluate young-run --data corpus
@@ -179,6 +202,8 @@ evaluate long --data corpus --max-tokens 64 --sequences 1 --json empty
 evaluate long --data corpus --device cuda
 evaluate long --data corpus --device tpu
 export
+export "" out
+export long ""
 export no-such out
 export file out
 export corpus out
@@ -191,6 +216,8 @@ export long file/out
 export long foreign
 export long out --format gguf
 verify
+verify ""
+verify long ""
 verify no-such
 verify file
 verify corpus
@@ -198,6 +225,7 @@ verify no-json
 verify no-weights
 verify long no-such
 report
+report ""
 report no-such
 report file
 report empty
@@ -212,7 +240,7 @@ def test_bad_input(
 ) -> None:
     monkeypatch.chdir(bad_place)
     before = disk(bad_place)
-    assert exit_code(*line.split()) == 2
+    assert exit_code(*shlex.split(line)) == 2
     err = capsys.readouterr().err
     check_form(err, line.split(maxsplit=1)[0])
     assert disk(bad_place) == before

@@ -112,6 +112,16 @@ def test_a_text_is_replaced_and_nothing_lies_beside_it(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a"]
 
 
+def test_an_error_names_the_path_that_a_user_knows(tmp_path: Path) -> None:
+    """Also of the rename at the end, which knows two names."""
+    path = tmp_path / "a"
+    path.mkdir()
+    with pytest.raises(IsADirectoryError) as refused:
+        write_atomically(path, "text")
+    assert (refused.value.filename, refused.value.filename2) == (str(path), None)
+    assert names(tmp_path) == ["a"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -94,13 +94,7 @@ def _expand(given: Path) -> list[InputFile]:
     if given.is_file():
         return [_input_file(given, given.name)]
     if given.is_dir():
-        # Path.rglob would leave out, without a word, what it may not read.
-        paths = sorted(
-            path
-            for folder, _, names in os.walk(given, onerror=_raise)
-            for path in (Path(folder, name) for name in names)
-            if path.suffix in SUFFIXES and path.is_file() and not _is_hidden(path, given)
-        )
+        paths = sorted(path for path in _walk(given) if path.suffix in SUFFIXES and path.is_file())
         if not paths:
             _refuse(given, "a folder without .txt or .jsonl files")
         root = given.resolve()
@@ -119,9 +113,12 @@ def _raise(error: OSError) -> NoReturn:
     raise error
 
 
-def _is_hidden(path: Path, root: Path) -> bool:
-    """Whether a file, or a folder that it lies in below the root, has a name with a dot first."""
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+def _walk(root: Path) -> Iterator[Path]:
+    """What lies below a folder, but for hidden files and folders, which are not entered either."""
+    # Path.rglob would leave out, without a word, what it may not read.
+    for folder, folders, names in os.walk(root, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
 def _input_file(path: Path, name: str) -> InputFile:

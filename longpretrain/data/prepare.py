@@ -113,23 +113,28 @@ def prepare(
             ShardWriter(folder, vocab_size=tokenizer.vocab_size, shard_bytes=shard_bytes)
         ) as writer,
     ):
-        for batch, encoded in encoder(reader.batches()):
-            reader.empty_documents += _write(writer, encoded)
-            if progress:
-                progress(batch.bytes_read, reader.total_bytes)
+        _write(writer, reader, encoder(reader.batches()), progress)
         manifest = _manifest(writer.finish(), reader, settings, tokenizer)
         manifest.write(folder)
     return manifest
 
 
-def _write(writer: ShardWriter, encoded: _Encoded) -> int:
-    """Writes documents; returns how many had text that the tokenizer makes no token of."""
-    start = 0
-    for length in encoded.lengths:
-        if length:
-            writer.add(encoded.ids[start : start + length])
-        start += length
-    return encoded.lengths.count(0)
+def _write(
+    writer: ShardWriter,
+    reader: _Reader,
+    batches: Iterator[tuple[_Batch, _Encoded]],
+    progress: Progress | None,
+) -> None:
+    """Writes documents; one that the tokenizer makes no token of is counted as empty."""
+    for batch, encoded in batches:
+        start = 0
+        for length in encoded.lengths:
+            if length:
+                writer.add(encoded.ids[start : start + length])
+            start += length
+        reader.empty_documents += encoded.lengths.count(0)
+        if progress:
+            progress(batch.bytes_read, reader.total_bytes)
 
 
 def _manifest(

@@ -6,12 +6,14 @@ loads the
 folder as it is), both moments as ``optimizer*.safetensors``, and ``state.json``. Each parameter is
 written once, whole, by one rank; so world size, ZeRO stage and precision may change at a resume.
 The folder is written under another name, synced, and renamed; then ``checkpoints/latest`` moves.
+Only names of ``step-`` and digits are the run's; any other, such as a copy, is left alone.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +32,8 @@ from longpretrain.files import read_json_object, save_tensors, sha256, sync, wri
 FORMAT = 1
 STATE = "state.json"
 LATEST = "latest"
+_DAMAGED = "The checkpoint is damaged: point checkpoints/latest at an older step folder."
+_COUNTS = ("step", "samples_done", "skipped", "updates_applied")
 _VERSIONS = ("torch", "deepspeed", "numpy", "safetensors")
 
 
@@ -63,10 +67,12 @@ def save(
     dist.all_gather_object(everyone, (hashes, names))
     if rank == 0:
         _write_small_files(part, task, everyone, state)
-        if final.exists():  # the same step saved again, such as at a signal after a resume
-            shutil.rmtree(final)
+        old = final.with_name(f".{final.name}.old.part")
+        if final.exists():  # of a time line that was left: someone pointed `latest` back
+            final.rename(old)
         part.rename(final)
         sync(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
         write_atomically(final.parent / LATEST, final.name + "\n")
         _remove_old(final.parent, state["step"], keep)
     dist.barrier()
@@ -74,10 +80,18 @@ def save(
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None."""
+    """The newest whole checkpoint of a run, or None.
+
+    A crash between the first checkpoint's rename and the pointer leaves one folder and no
+    ``latest``: that folder is whole, and it is taken.
+
+    Raises:
+        InputError: ``latest`` names no checkpoint, or is gone where it is needed: a run that began
+            anew would write over the folders that are there.
+    """
     pointer = run_dir / "checkpoints" / LATEST
     if not pointer.is_file():
-        return None
+        return _without_pointer(pointer)
     folder = pointer.parent / pointer.read_text(encoding="utf-8", errors="replace").strip()
     if not (folder / STATE).is_file():
         raise InputError(
@@ -89,30 +103,84 @@ def latest(run_dir: Path) -> Path | None:
     return folder
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint."""
-    state = read_json_object(
-        folder / STATE,
-        way_out="The checkpoint is damaged: point checkpoints/latest at an older step folder.",
+def _without_pointer(pointer: Path) -> Path | None:
+    wanted = "the name of one in a file"
+    if pointer.is_dir():
+        raise InputError(
+            f"{pointer}",
+            got="a folder",
+            wanted=wanted,
+            way_out="Move it away and write the newest step folder's name into a file, "
+            "or use --fresh.",
+        )
+    found = [path for _, path in _step_folders(pointer.parent)]
+    whole = [path for path in found if (path / STATE).is_file()]
+    if not whole or len(found) == 1:
+        return whole[0] if whole else None
+    raise InputError(
+        f"{pointer}",
+        got="no such file, but step-... folders",
+        wanted=wanted,
+        way_out="Write the newest name into it, or use --fresh.",
     )
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, with the keys and types that a resume needs.
+
+    Raises:
+        InputError: it is damaged or of another format, or the folder was given another's name.
+    """
+    path = folder / STATE
+    state = read_json_object(path, way_out=_DAMAGED)
     found = state.get("format")
     if found != FORMAT:
         raise InputError(
-            f"{folder / STATE}",
+            f"{path}",
             got=f"format {found}",
             wanted=f"format {FORMAT}",
             way_out="It was written by another version of longpretrain: use that one.",
         )
+    for key in _COUNTS:
+        if type(state.get(key)) is not int or state[key] < 0:  # a bool is an int, too
+            raise _damaged(path, state, key, "a whole number from 0")
+    for key in ("task", "files"):
+        texts = state.get(key)
+        if not isinstance(texts, dict) or not all(isinstance(v, str) for v in texts.values()):
+            raise _damaged(path, state, key, "texts by name")
+    named = _step_of(folder)
+    if named not in (None, state["step"]):
+        raise InputError(
+            f"{path}",
+            got=f"step {state['step']}",
+            wanted=f"step {named}, as the folder's name says",
+            way_out="Give the folder its own name back, or point checkpoints/latest at another.",
+        )
     return state
+
+
+def _damaged(path: Path, state: Mapping[str, Any], key: str, wanted: str) -> InputError:
+    got = repr(state[key])[:80] if key in state else "nothing"
+    return InputError(f"{path}, key {key}", got=got, wanted=wanted, way_out=_DAMAGED)
 
 
 def verify_files(folder: Path, part: int = 0, parts: int = 1) -> None:
     """Compares the sha256 of every ``parts``-th file with state.json.
 
     Raises:
-        InputError: a file is missing, truncated or altered; names it.
+        InputError: a file is missing, truncated or altered; names it. Or weights or moments are not
+            even listed.
     """
-    for name, wanted in sorted(read_state(folder)["files"].items())[part::parts]:
+    files = read_state(folder)["files"]
+    for kind in ("model", "optimizer"):
+        if not any(name.startswith(kind) and name.endswith(".safetensors") for name in files):
+            raise InputError(
+                f"{folder / STATE}, key files",
+                got=f"no {kind} file",
+                wanted=f"the hash of {kind}*.safetensors",
+                way_out=_DAMAGED,
+            )
+    for name, wanted in sorted(files.items())[part::parts]:
         path = folder / name
         got = sha256(path) if path.is_file() else "no file"
         if got != wanted:
@@ -183,19 +251,35 @@ def _file_name(kind: str, rank: int, ranks: int) -> str:
     return f"{kind}{shard}.safetensors"
 
 
-def _remove_old(folder: Path, current: int, keep: int) -> None:
+def _step_of(folder: Path) -> int | None:
+    """The step that a folder of this run is named after; None for any other name."""
+    found = re.fullmatch(r"step-([0-9]+)", folder.name)
+    return int(found[1]) if found else None
+
+
+def _step_folders(checkpoints: Path) -> list[tuple[int, Path]]:
+    """The run's own checkpoint folders, whole or not, by step."""
+    return sorted(
+        (step, path)
+        for path in checkpoints.glob("step-*")
+        if (step := _step_of(path)) is not None and path.is_dir()
+    )
+
+
+def _remove_old(checkpoints: Path, current: int, keep: int) -> None:
     """Leaves the newest ``keep`` checkpoints up to ``current``, which is the latest.
 
     Those of later steps are of a time line that was left (someone pointed ``latest`` back, or a
     crash came before it moved), and what a killed save left goes too.
     """
-    steps = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-*")}
-    kept = sorted(step for step in steps if step <= current)
+    found = _step_folders(checkpoints)
+    kept = sorted({step for step, _ in found if step <= current})
     if keep:
         kept = kept[-keep:]
-    for leftover in [steps[step] for step in steps if step not in kept]:
-        shutil.rmtree(leftover)
-    for part in folder.glob(".step-*.part"):
+    for step, path in found:
+        if step not in kept and not path.is_symlink():  # a link is somebody's own
+            shutil.rmtree(path)
+    for part in checkpoints.glob(".step-*.part"):
         shutil.rmtree(part)
 
 

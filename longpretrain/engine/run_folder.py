@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import time
@@ -23,6 +24,7 @@ from longpretrain.recipe import from_tree
 CONFIG = "config.yaml"
 STATUS = "status.json"
 LOCK = ".lock"
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 State = Literal["running", "done", "preempted", "failed"]
 
 
@@ -64,7 +66,8 @@ def check_run_dir(config: Config, *, fresh: bool) -> None:
 
 
 def _holds_files(folder: Path) -> bool:
-    return any(not path.name.startswith(PROBE) for path in folder.iterdir())
+    """Whether there is more than what a run writes first of all."""
+    return any(path.name != LOCK and not path.name.startswith(PROBE) for path in folder.iterdir())
 
 
 def _check_movable(config: Config) -> None:
@@ -103,24 +106,34 @@ def _check_same_recipe(config: Config) -> None:
         )
 
 
-def open_run(config: Config, *, fresh: bool) -> Path | None:
-    """Makes the run folder, on rank 0; returns where an old run was moved to, if it was.
+@contextlib.contextmanager
+def opened(config: Config, *, fresh: bool) -> Iterator[Path | None]:
+    """Makes the run folder and holds its lock; for rank 0. Nothing is written before the lock.
 
     With ``fresh`` an old run is renamed, not deleted: it may be weeks of work.
+
+    Yields where an old run was moved to, if it was.
+
+    Raises:
+        InputError: another process writes this run.
     """
     run_dir = config.run_dir
     moved = None
-    if fresh and run_dir.exists():
-        moved = _free_name(run_dir)
-        run_dir.rename(moved)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / CONFIG, yaml.safe_dump(to_tree(config), sort_keys=False))
-    return moved
+    with contextlib.ExitStack() as held:
+        held.enter_context(only_writer(run_dir))
+        if fresh and _holds_files(run_dir):
+            moved = _free_name(run_dir)
+            run_dir.rename(moved)  # its lock goes along, and stays held
+            held.enter_context(only_writer(run_dir, announce=False))
+        write_atomically(run_dir / CONFIG, yaml.safe_dump(to_tree(config), sort_keys=False))
+        yield moved
 
 
 @contextlib.contextmanager
-def only_writer(run_dir: Path) -> Iterator[None]:
+def only_writer(run_dir: Path, *, announce: bool = True) -> Iterator[None]:
     """Holds the run folder's lock while the block runs; the system frees it if the process dies.
+
+    A file system without locks does not stop a run; one line says so, if ``announce``.
 
     Raises:
         InputError: another process writes this run.
@@ -136,6 +149,12 @@ def only_writer(run_dir: Path) -> Iterator[None]:
                 wanted="one writer at a time",
                 way_out="Wait for it or stop it, or give another run.dir.",
             ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            if announce:
+                how = "no locks on this file system; start one run at a time"
+                print(f"run folder {run_dir}: {how}", flush=True)
         yield
 
 

@@ -158,12 +158,7 @@ def evaluate(
         _check_json_path(json_path)  # before the work, not after it
     _check_device(torch.device(device))
     folder = None if isinstance(model, LongformerForMaskedLM) else find_model_folder(Path(model))
-    if tokenizer is None:
-        assert folder is not None, "a model object needs its tokenizer beside it"
-        tokenizer = load_tokenizer(folder)
-    # Every byte is looked at: a score of altered text would be a number like any other.
-    opened = Corpus.open(corpus, verify="sha256")
-    opened.require_tokenizer(tokenizer.fingerprint, owner=f"model {folder or 'in memory'}")
+    tokenizer, opened = _open_corpus(corpus, folder, tokenizer)
     if global_tokens is None:
         global_tokens = _trained_global_tokens(folder)
     network = model if isinstance(model, LongformerForMaskedLM) else load_model(folder or "")
@@ -188,11 +183,40 @@ def evaluate(
     return evaluation
 
 
+def _open_corpus(
+    corpus: Path | str, folder: Path | None, tokenizer: Tokenizer | None
+) -> tuple[Tokenizer, Corpus]:
+    """The corpus and the model's tokenizer, which are of one kind."""
+    if tokenizer is None:
+        assert folder is not None, "a model object needs its tokenizer beside it"
+        tokenizer = load_tokenizer(folder)
+    # Every byte is looked at: a score of altered text would be a number like any other.
+    opened = Corpus.open(corpus, verify="sha256")
+    opened.require_tokenizer(tokenizer.fingerprint, owner=f"model {folder or 'in memory'}")
+    return tokenizer, opened
+
+
 def _check_json_path(path: Path) -> None:
     way_out = "Name a file with --json, in a folder that you may write to."
     if path.is_dir():
         raise InputError(f"json {path}", got="a folder", wanted="a file's name", way_out=way_out)
+    if path.exists() and not _is_ours(path):
+        raise InputError(
+            f"json {path}", got="a file that is no evaluation",
+            wanted="no such file yet, or an earlier evaluation to replace",
+            way_out="Choose another name, or move the file away.",
+        )  # fmt: skip
     need_writable(path.parent, what="json in", way_out=way_out)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether an existing file may be replaced: what ``Evaluation.write`` wrote, or nothing."""
+    if path.is_file() and path.stat().st_size == 0:
+        return True
+    try:
+        return {"data_fingerprint", "results"} <= read_json_object(path).keys()
+    except InputError:
+        return False
 
 
 def _check_device(device: torch.device) -> None:

@@ -12,10 +12,10 @@ from exactness.table import Row, equal, within
 from longpretrain.recipe import load_recipe
 from longpretrain.report.metrics import read_metrics
 
-STEPS = 12
+STEPS = 10
 CURVE = 20
 LIMIT = 1e-5
-COMMON = ("evaluate.every_steps=5", "evaluate.batches=2", "checkpoint.every_steps=4")
+COMMON = ("evaluate.every_steps=5", "evaluate.batches=1", "checkpoint.every_steps=4")
 PAIRS = tuple(
     (zero, precision)
     for zero, precision in product(
@@ -52,7 +52,7 @@ def resume_rows(work: Path, recipe: Path, *, quick: bool = False) -> list[Row]:
             *(word.format(valid=valid) for word in VARIANTS[variant]),
         )
         chains.append(Chain(f"{number}-whole", (Leg(2, how),)))
-        stops = (Leg(2, how, stop_after=2), Leg(2, how, stop_after=6), Leg(2, how))
+        stops = (Leg(2, how, stop_after=2), Leg(2, how, stop_after=5), Leg(2, how))
         chains.append(Chain(f"{number}-stopped", stops))
     run_chains(work, recipe, chains)
     rows = []
