@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, options
 from fairseq.data import Dictionary
 from fairseq.models.roberta import RobertaModel
 from fairseq_files import CFG, batch, make_dictionary, roberta_order, save, theirs
@@ -73,8 +73,7 @@ def test_every_generation_gives_fairseqs_logits(
 ) -> None:
     model = save(tmp_path / "in", dictionary, age)
     source = open_source(tmp_path / "in" / "model.pt")
-    version = "left out, no part of a masked-LM model: encoder.sentence_encoder.version"
-    assert source.notes == (version,)
+    assert source.notes == ()
     config = source.config
     assert (config.num_heads, config.max_tokens, config.model_type) == (4, 30, "roberta")
     tokens_BN = batch()
@@ -193,16 +192,28 @@ def test_a_longformer_goes_to_fairseq_train_and_comes_back(tmp_path: Path) -> No
     assert read_config(tmp_path / "hf").attention_window == (8, 8)
 
 
-def test_a_training_that_took_its_sizes_from_a_folder(tmp_path: Path) -> None:
+def test_a_training_that_took_its_sizes_from_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_model(LongformerForMaskedLM(LONG), tmp_path / "start")
     load_tokenizer().save(tmp_path / "start", 64)
     export(tmp_path / "start", tmp_path / "out", format="fairseq")
     whole = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
-    whole["cfg"]["task"]["model_path"] = str(tmp_path / "start")
     whole["cfg"]["model"] = {"_name": "longformer", "attention_window": [16], "dropout": 0.25}
     torch.save(whole, tmp_path / "last.pt")
-    config = open_source(tmp_path / "last.pt").config
-    assert (config.attention_window, config.hidden_dropout) == ((16, 16), 0.25)
+    monkeypatch.chdir(tmp_path)
+    whole["cfg"]["task"]["model_path"] = "start"
+    torch.save(whole, tmp_path / "last.pt")
+    source = open_source(tmp_path / "last.pt")
+    assert (source.config.attention_window, source.config.hidden_dropout) == ((16, 16), 0.25)
+    note = f"sizes and tokenizer from model_path {tmp_path / 'start'}"
+    assert source.notes == (note,)
+    report = convert(tmp_path / "last.pt", tmp_path / "long", positions=64, attention_window=8)
+    assert note in report.lines()
+    export(tmp_path / "last.pt", tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "* sizes and tokenizer from model_path start\n" in card
+    assert str(tmp_path) not in card
     (tmp_path / "start").rename(tmp_path / "gone")
     with pytest.raises(InputError, match=r"task\.model_path .*start, which is not here"):
         open_source(tmp_path / "last.pt")
@@ -211,7 +222,8 @@ def test_a_training_that_took_its_sizes_from_a_folder(tmp_path: Path) -> None:
 def test_convert_from_the_command_line_twice(
     dictionary: Dictionary, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save(tmp_path / "in", dictionary, "2019")
+    head = {"classification_heads.mnli.dense.weight": torch.ones(3, 3)}
+    save(tmp_path / "in", dictionary, "2019", edit=lambda whole: whole["model"].update(head))
     command = ["convert", str(tmp_path / "in" / "model.pt"), str(tmp_path / "long")]
     command += ["--positions", "100", "--attention-window", "8"]
     assert main(command) == 0
@@ -240,6 +252,20 @@ def test_a_dictionary_in_another_order_makes_its_own_tokenizer(tmp_path: Path) -
     assert [line.split()[0] for line in lines] == order
 
 
+def test_a_tokenizer_given_may_not_contradict_the_dictionary(tmp_path: Path) -> None:
+    order = roberta_order()
+    save(tmp_path, make_dictionary(order))
+    (tmp_path / "bpe").mkdir()
+    load_tokenizer().save(tmp_path / "bpe", 30)
+    assert open_source(tmp_path / "model.pt", tokenizer=tmp_path / "bpe").has_tokenizer
+    order[0], order[1] = order[1], order[0]
+    make_dictionary(order).save(str(tmp_path / "dict.txt"))
+    with pytest.raises(InputError, match=r"other ids than those of the dictionary; .*dict\.txt"):
+        open_source(tmp_path / "model.pt", tokenizer=tmp_path / "bpe")
+    (tmp_path / "dict.txt").write_text("of another kind\n")
+    assert open_source(tmp_path / "model.pt", tokenizer=tmp_path / "bpe").has_tokenizer
+
+
 def test_half_precision_and_heads_of_a_classifier(dictionary: Dictionary, tmp_path: Path) -> None:
     def edit(whole: dict[str, Any]) -> None:
         whole["model"] = {name: tensor.half() for name, tensor in whole["model"].items()}
@@ -247,10 +273,73 @@ def test_half_precision_and_heads_of_a_classifier(dictionary: Dictionary, tmp_pa
 
     model = save(tmp_path / "in", dictionary, edit=edit, encoder_layerdrop=0.2)
     source = open_source(tmp_path / "in" / "model.pt")
-    assert "classification_heads.mnli.dense.weight, encoder.sentence" in source.notes[0]
+    left_out = "left out, no part of a masked-LM model: classification_heads.mnli.dense.weight"
+    assert source.notes[0] == left_out
     assert source.notes[1] == "options of its training that ours lacks: encoder_layerdrop 0.2"
     words = source.tensors()["longformer.embeddings.word_embeddings.weight"]
     assert words.equal(model.state_dict()[f"{CFG}embed_tokens.weight"].half())
+
+
+def test_parameters_with_attributes_and_shared_memory(
+    dictionary: Dictionary, tmp_path: Path
+) -> None:
+    """What a file hangs on a tensor is not called; two names on one memory become two tensors."""
+
+    def edit(whole: dict[str, Any]) -> None:
+        tensors = whole["model"]
+        name = f"{CFG}layers.0.fc2.bias"
+        tensors[name] = torch.nn.Parameter(tensors[name])
+        tensors[name].__dict__ |= dict.fromkeys(["dim", "equal", "clone", "detach", "numel"], 1)
+        tensors[f"{CFG}layers.1.fc2.bias"] = tensors[f"{CFG}layers.1.final_layer_norm.bias"]
+
+    save(tmp_path / "in", dictionary, edit=edit)
+    source = open_source(tmp_path / "in" / "model.pt")
+    tensors = source.tensors()
+    assert {type(tensor) for tensor in tensors.values()} == {Tensor}
+    assert len({t.untyped_storage().data_ptr() for t in tensors.values()}) == len(tensors)
+    convert(tmp_path / "in" / "model.pt", tmp_path / "out", positions=30, attention_window=8)
+    layer = "longformer.encoder.layer.1.output"
+    out = read_tensors(tmp_path / "out")
+    assert out[f"{layer}.dense.bias"].equal(out[f"{layer}.LayerNorm.bias"])
+
+
+def test_the_command_of_the_card_keeps_trained_globals(tmp_path: Path) -> None:
+    config = dataclasses.replace(LONG, hidden_dropout=0.25, attention_dropout=0.0)
+    save_model(LongformerForMaskedLM(config), tmp_path / "long")
+    export(tmp_path / "long", tmp_path / "out", format="fairseq")
+    card = (tmp_path / "out" / "README.md").read_text()
+    flags = "--dropout 0.25 --attention-dropout 0.0 --tokens-per-sample 64 --global-tokens first"
+    assert flags in card
+    command = card.partition("```bash\n")[2].partition("```")[0].replace("\\\n", " ").split()
+    parser = options.get_training_parser()
+    args = options.parse_args_and_arch(parser, command[1 : command.index("--finetune-from-model")])
+    assert (args.dropout, args.attention_dropout) == (0.25, 0.0)
+    assert (args.tokens_per_sample, args.global_tokens) == (64, "first")
+    whole = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
+    whole["cfg"]["task"]["global_tokens"] = "every_8"
+    torch.save(whole, tmp_path / "last.pt")
+    export(tmp_path / "last.pt", tmp_path / "again", format="fairseq")
+    assert "--global-tokens every_8 \\" in (tmp_path / "again" / "README.md").read_text()
+    whole["cfg"]["task"]["global_tokens"] = "first; rm x"
+    torch.save(whole, tmp_path / "last.pt")
+    with pytest.raises(InputError, match=r"task\.global_tokens in .*wanted none, first, every_K"):
+        open_source(tmp_path / "last.pt")
+
+
+def test_a_dictionary_of_many_fillers_reads_back(tmp_path: Path) -> None:
+    config = dataclasses.replace(LONG, model_type="roberta", attention_window=(), vocab_size=65536)
+    save_model(LongformerForMaskedLM(config), tmp_path / "a")
+    load_tokenizer().save(tmp_path / "a", 64)
+    report = export(tmp_path / "a", tmp_path / "b", format="fairseq")
+    assert report is not None
+    assert "read back: dictionary" in [row.check for row in report.rows]
+    assert "madeupword10000 0" in (tmp_path / "b" / "dict.txt").read_text()
+    tokenizer = open_source(tmp_path / "b" / "model.pt").tokenizer()
+    assert tokenizer is not None
+    assert tokenizer.vocab_size == 65536
+    convert(tmp_path / "b" / "model.pt", tmp_path / "c", positions=64, attention_window=8)
+    assert load_tokenizer(tmp_path / "c").fingerprint == tokenizer.fingerprint
+    export(tmp_path / "c", tmp_path / "d")
 
 
 @given(

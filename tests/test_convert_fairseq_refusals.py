@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import runpy
+from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fairseq.utils
+import numpy as np
 import pytest
 import torch
-from fairseq_files import CFG, make_dictionary, save
+from fairseq_files import CFG, Evil, Raw, make_dictionary, roberta_order, save
 from torch import Tensor
 
 from longpretrain.cli import main
@@ -28,16 +32,6 @@ LONG = ModelConfig(
     vocab_size=50265, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48,
     max_position_embeddings=66, attention_window=(8, 12),
 )  # fmt: skip
-
-
-class Evil:
-    """Unpickled the ordinary way, it calls what it was told to."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: str) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self) -> Any:
-        return self.call
 
 
 SMALL = make_dictionary(["0"])
@@ -83,18 +77,7 @@ def cut(path: Path) -> None:
         (lambda path: torch.save({"model": {"a": torch.ones(2)}}, path), r"neither args nor cfg"),
         (lambda path: torch.save({"model": {"a": torch.ones(2)}, "cfg": {}}, path), "neither args"),
     ],
-    ids=[
-        "cut",
-        "empty",
-        "web page",
-        "gone",
-        "list",
-        "tensors",
-        "no model",
-        "number",
-        "bare",
-        "cfg",
-    ],
+    ids=["cut", "empty", "page", "gone", "list", "tensors", "no model", "number", "bare", "cfg"],
 )
 @pytest.mark.parametrize("age", ["2019", "dict"])
 def test_files_that_are_no_checkpoint(
@@ -120,6 +103,10 @@ def test_files_that_are_no_checkpoint(
         ({"encoder_ffn_embed_dim": 47}, r"fc1\.weight .*\(48, 32\), not \(47, 32\); .*fc1\.bias"),
         ({"max_positions": 31}, r"embed_positions\.weight .*\(32, 32\), not \(33, 32\)"),
         ({"dropout": "much"}, "dropout in the options"),
+        ({"dropout": np.float64(0)}, "dropout in .*: got an object that does not read; wanted a n"),
+        ({"encoder_normalize_before": np.bool_(True)}, "normalize_before an object that does not"),
+        ({"max_positions": np.int64(30)}, "max_positions in .*: got an object that does not read"),
+        ({"activation_fn": "x\x1b[2J" + "y" * 200}, r"activation_fn x\?\[2Jy{92}\.\.\. \(wanted"),
     ],
     ids=str,
 )
@@ -260,3 +247,151 @@ def test_a_tokenizer_that_fairseq_has_not(tmp_path: Path) -> None:
             (folder / name).write_text(text.replace("madeupword0001", "<extra>"), encoding="utf-8")
         with pytest.raises(InputError, match=message):
             export(folder, tmp_path / "out2", format="fairseq")
+
+
+CALL, MAKE, BUILD = b"\x85R", b"\x85\x81", b"}b"  # of one argument; of one; with an empty state
+FORGED = {
+    "reduce": lambda at: Raw().name("fairseq.utils", "import_user_module").text(at).op(CALL),
+    "newobj": lambda at: Raw().name("fairseq.utils", "import_user_module").text(at).op(MAKE),
+    "build": lambda at: Raw().name("fairseq.utils", "f").text(at).op(CALL + BUILD),
+    "dotted": lambda at: Raw().name("fairseq.utils", "os.system").text(f"touch {at}").op(CALL),
+    "dotted module": lambda at: Raw().name("fairseq.utils.os", "system").text(at).op(CALL),
+    "a space": lambda at: Raw().name("fairseq.x", "y z").text(at).op(CALL),
+    "result called": lambda at: Raw().name("fairseq.x", "y").text(at).op(CALL).text(at).op(CALL),
+    "dict made": lambda at: Raw().name("collections", "defaultdict").text(at).op(MAKE),
+    "text called": lambda at: Raw().text("GLOBAL fairseq.x was not").text(at).op(CALL),
+    "escapes": lambda at: Raw().name("evil\x1b[31m" + "x" * 500, "y").text(at).op(CALL),
+}
+
+
+@pytest.mark.parametrize("attack", FORGED)
+def test_names_of_fairseq_are_never_looked_up(
+    attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a name that we allow, a file may name anything: a stand-in answers to it."""
+    marker, loads = tmp_path / "marker", []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: (loads.append(a), load(*a, **k))[1])
+    monkeypatch.setattr(fairseq.utils, "import_user_module", lambda at: Path(at).touch())
+    path = FORGED[attack](str(marker)).write(tmp_path / "model.pt")
+    with pytest.raises(InputError) as refused:
+        open_source(path)
+    assert not marker.exists()
+    assert len(loads) <= 3
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 400 + len(str(path))
+
+
+def test_what_a_caller_allowed_is_not_ours(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+
+    def touch(*unused: object) -> None:
+        marker.touch()
+
+    allowed = [(touch, "fairseq.x.y"), Namespace]
+    with torch.serialization.safe_globals(allowed):
+        before = set(torch.serialization.get_safe_globals())
+        path = Raw().name("fairseq.x", "y").text("z").op(CALL).write(tmp_path / "evil.pt")
+        torch.load(path, weights_only=True)
+        assert marker.exists()  # the attack is one
+        marker.unlink()
+        with pytest.raises(InputError, match="got a Held"):
+            open_source(path)
+        assert not marker.exists()
+        folder = tmp_path / "bin"
+        save_model(LongformerForMaskedLM(LONG), folder)
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(path.read_bytes())
+        with pytest.raises(InputError, match=r"more than tensors \(fairseq\.x\.y\)"):
+            convert(folder, tmp_path / "out")
+        assert not marker.exists()
+        save(tmp_path, make_dictionary(roberta_order()), "2019")
+        assert open_source(tmp_path / "model.pt").config.num_heads == 4
+        assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_an_ordered_dict_with_methods_of_its_own_still_reads(tmp_path: Path) -> None:
+    def edit(whole: dict[str, Any]) -> None:
+        whole["model"] = overridden(whole["model"])
+
+    save(tmp_path, make_dictionary(roberta_order()), edit=edit)
+    assert open_source(tmp_path / "model.pt").config.num_heads == 4
+    torch.save(overridden({deep(): 1, "a\x1b" + "b" * 90: 2}), tmp_path / "model.pt")
+    with pytest.raises(InputError, match=r"no model in a\?b{35}\.\.\.; "):
+        open_source(tmp_path / "model.pt")
+
+
+def overridden(items: dict[Any, Any]) -> Evil:
+    """Loads as an OrderedDict whose methods are numbers."""
+    methods = dict.fromkeys(["items", "get", "copy", "keys"], 1)
+    forged = Evil(OrderedDict)
+    forged.call = (OrderedDict, (), methods, None, iter(items.items()))
+    return forged
+
+
+def deep() -> Any:
+    key: Any = ()
+    for _ in range(300):
+        key = (key,)
+    return key
+
+
+def test_options_that_grow_without_end_are_read_once(tmp_path: Path) -> None:
+    many: Any = [1]
+    for _ in range(60):
+        many = [many, many]
+
+    def edit(whole: dict[str, Any]) -> None:
+        whole["args"].unused, whole["args"].dropout = many, many
+
+    save(tmp_path, SMALL, "2019", edit=edit)
+    with pytest.raises(InputError, match=r"dropout in .*: got a list; wanted a number"):
+        open_source(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.to(torch.float8_e4m3fn), r"final_layer_norm\.bias of torch\.float8_e4m3fn"),
+        (lambda t: t.to(torch.complex64), r"of torch\.complex64"),
+        (lambda t: t.to("meta"), "final_layer_norm.bias' in model; wanted named, dense"),
+        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "bias' in model"),
+        (lambda t: t.to_sparse(), "bias' in model"),
+        (lambda t: torch.ones(1).expand(32), "bias' in model"),
+        (lambda t: torch.nested.nested_tensor([t, t]), "bias' in model"),
+    ],
+    ids=["float8", "complex", "meta", "quantized", "sparse", "expanded", "nested"],
+)
+def test_tensors_that_are_no_weights(
+    spoil: Callable[[Tensor], Tensor], message: str, tmp_path: Path
+) -> None:
+    def edit(whole: dict[str, Any]) -> None:
+        name = f"{CFG}layers.1.final_layer_norm.bias"
+        whole["model"][name] = spoil(whole["model"][name])
+
+    save(tmp_path, SMALL, edit=edit)
+    with pytest.raises(InputError, match=message):
+        open_source(tmp_path / "model.pt")
+
+
+def both_generations(model: dict[str, Tensor]) -> None:
+    model[f"{CFG}layers.0.self_attn.in_proj_weight"] = torch.zeros(96, 32)
+
+
+def decoder_too(model: dict[str, Tensor]) -> None:
+    model["decoder.lm_head.bias"] = model["encoder.lm_head.bias"] + 1
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (both_generations, r"q_proj\.weight stands twice, as \S+q_proj\.weight and \S+in_proj_w"),
+        (decoder_too, r"as encoder\.lm_head\.bias and decoder\.lm_head\.bias"),
+    ],
+)
+def test_tensors_that_stand_twice(
+    edit: Callable[[dict[str, Tensor]], None], message: str, tmp_path: Path
+) -> None:
+    save(tmp_path, SMALL, edit=lambda whole: edit(whole["model"]))
+    with pytest.raises(InputError, match=message):
+        open_source(tmp_path / "model.pt")

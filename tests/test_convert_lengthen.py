@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from longpretrain.cli import main
 from longpretrain.convert import export, verify
 from longpretrain.convert.lengthen import POSITIONS, convert, lengthen_positions
 from longpretrain.data.tokenizer import load_tokenizer
@@ -313,6 +314,21 @@ def test_a_source_or_target_that_cannot_be(source: Path, tmp_path: Path) -> None
     with pytest.raises(InputError, match="got deberta; wanted longformer or roberta"):
         convert(source, tmp_path / "long", attention_window=8)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_path_that_is_nearly_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dict.txt").write_text("0 1\n")
+    (tmp_path / "model.pt").write_bytes(b"x")
+    for name, message in (
+        ("nothing.pt", f"got no such file; wanted a fairseq checkpoint. Give its name, such as "
+                       f"DIR/model.pt; {tmp_path} has model.pt."),
+        ("", f"got a folder with model.pt; wanted a model folder, a run, or one fairseq "
+             f"checkpoint by its name. Give {tmp_path / 'model.pt'}."),
+    ):  # fmt: skip
+        assert main(["convert", str(tmp_path / name), str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_any_target_length_loads_and_runs(source: Path, tmp_path: Path) -> None:

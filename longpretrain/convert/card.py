@@ -48,6 +48,7 @@ a training leaves, a folder that transformers loads."""
 def card(
     name: str, source: Source, *, parameters: int, report: VerifyReport | None, unchecked: str,
     notes: Sequence[str], library: str,
+    global_tokens: str,
 ) -> str:  # fmt: skip
     """The text of a model card.
 
@@ -59,28 +60,38 @@ def card(
         unchecked: why they did not.
         notes: what is not as it was.
         library: "transformers" or "fairseq": who loads the folder.
+        global_tokens: the policy to train on with, so that global projections stay as they are.
     """
     config = source.config
     sections = [
         _front_matter(config, library),
         f"# {name}",
         _model_section(source, parameters),
-        *(["## Notes\n\n" + "\n".join(f"* {note}" for note in notes)] if notes else []),
+        *_note_section(source, notes),
         *_training_sections(source.state),
         *_score_sections(source.path, source.state),
         _check_section(report, unchecked, library),
-        "## Use\n\n" + _use(name, config, library),
+        "## Use\n\n" + _use(name, config, library, global_tokens),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _use(name: str, config: ModelConfig, library: str) -> str:
+def _note_section(source: Source, notes: Sequence[str]) -> Iterator[str]:
+    if not notes:
+        return
+    text = "\n".join(f"* {note}" for note in notes)
+    if source.model_path is not None:  # a card is for strangers
+        text = text.replace(str(source.model_path.absolute()), source.model_path.name)
+    yield "## Notes\n\n" + text
+
+
+def _use(name: str, config: ModelConfig, library: str, global_tokens: str) -> str:
     if library == "transformers":
         return _TRANSFORMERS.format(name=name)
     if config.model_type == "roberta":
         return _ROBERTA.format(name=name)
     windows = config.attention_window
-    sizes = {
+    flags = {
         "encoder-layers": config.num_layers,
         "encoder-embed-dim": config.hidden_size,
         "encoder-attention-heads": config.num_heads,
@@ -89,8 +100,14 @@ def _use(name: str, config: ModelConfig, library: str) -> str:
         "attention-window": ",".join(map(str, windows[:1] if len(set(windows)) == 1 else windows)),
     }
     if config.dilation:
-        sizes["dilation"] = ",".join(map(str, config.dilation))
-    return _PLUGIN.format(name=name, flags=" ".join(f"--{k} {v}" for k, v in sizes.items()))
+        flags["dilation"] = ",".join(map(str, config.dilation))
+    flags |= {
+        "dropout": config.hidden_dropout,
+        "attention-dropout": config.attention_dropout,
+        "tokens-per-sample": config.max_tokens,
+        "global-tokens": global_tokens,
+    }
+    return _PLUGIN.format(name=name, flags=" ".join(f"--{k} {v}" for k, v in flags.items()))
 
 
 def _front_matter(config: ModelConfig, library: str) -> str:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from longpretrain.convert.shown import shown
 from longpretrain.data.byte_bpe import byte_symbols
 from longpretrain.data.tokenizer import ByteLevelBPE, Tokenizer, load_tokenizer
 from longpretrain.data.tokenizer_files import Roles
@@ -22,7 +23,7 @@ DICTIONARY_NAME = "dict.txt"
 _FIRST = ("<s>", "<pad>", "</s>", "<unk>")
 _MASK = "<mask>"
 _ROLES = Roles(bos="<s>", eos="</s>", pad="<pad>", mask=_MASK, unk="<unk>")
-_PADDING = re.compile(r"madeupword\d{4}")
+_PADDING = re.compile(r"madeupword\d{4,}")
 _ANOTHER = "Say --tokenizer DIR: a Hugging Face tokenizer whose ids are the model's."
 
 
@@ -49,7 +50,8 @@ def read_dictionary(path: Path, *, rows: int) -> Tokenizer:
     if len(set(symbols)) != len(symbols):
         twice = Counter(symbols).most_common(1)[0][0]
         raise InputError(
-            str(path), got=f"{twice!r} twice", wanted="every symbol once, special ones left out",
+            str(path), got=f"'{shown(twice)}' twice",
+            wanted="every symbol once, special ones left out",
             way_out="Get the dictionary that the model was trained with. " + _ANOTHER,
         )  # fmt: skip
     if len(symbols) != rows:
@@ -68,7 +70,7 @@ def read_dictionary(path: Path, *, rows: int) -> Tokenizer:
             vocab[tokens[int(symbol)]] = number
         else:
             raise InputError(
-                str(path), got=f"the symbol {symbol!r}",
+                str(path), got=f"the symbol '{shown(symbol)}'",
                 wanted=f"ids of GPT-2's BPE, 0 to {len(tokens) - 1}", way_out=_ANOTHER,
             )  # fmt: skip
     missing = [number for number, token in enumerate(tokens[:-1]) if token not in vocab]
@@ -98,7 +100,7 @@ def dictionary_text(tokenizer: Tokenizer, *, rows: int, where: Path) -> str:
     other = [token for i, token in tokens.items() if i >= len(_FIRST) and not _has_line(token)]
     wrong += [token for token in other if token not in numbers]
     if not own or wrong:
-        got = f"tokens such as {wrong[0]!r}" if own else "another BPE than GPT-2's"
+        got = f"tokens such as '{shown(wrong[0])}'" if own else "another BPE than GPT-2's"
         raise InputError(
             f"tokenizer of {where}", got=got, wanted="GPT-2's BPE with RoBERTa's special tokens",
             way_out="Keep the model as a Hugging Face folder, which has any tokenizer.",
@@ -129,7 +131,8 @@ def _symbols(path: Path) -> list[str]:
         symbol, _, count = line.rstrip().rpartition(" ")
         if not symbol or not count.isdecimal():
             raise InputError(
-                f"{path}, line {number}", got=repr(line[:40]), wanted="a symbol and its count",
+                f"{path}, line {number}", got=f"'{shown(line, 40)}'",
+                wanted="a symbol and its count",
                 way_out="Get the dictionary that the model was trained with. " + _ANOTHER,
             )  # fmt: skip
         symbols.append(symbol)

@@ -13,12 +13,14 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
+from longpretrain.convert.shown import shown
 from longpretrain.errors import InputError
+from longpretrain.model.weights import only_globals
 
 # Packages whose objects may stand in a checkpoint: options and meters of a training.
 _PACKAGES = ("fairseq.", "omegaconf.")
@@ -56,6 +58,9 @@ class Held:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
+    def __repr__(self) -> str:
+        return "an object that does not read"
+
 
 def _new_dict(*unused: Any) -> dict[Any, Any]:
     """Stands for collections.defaultdict, whose entries a pickle puts in one by one."""
@@ -69,9 +74,12 @@ class Checkpoint:
     path: Path
     """The file."""
     tensors: Mapping[str, Tensor]
-    """``model``, under the file's own names; mapped from the file where it can be."""
+    """``model``, under the file's own names; mapped from the file where it can be.
+
+    Plain, dense and on the CPU, of any dtype; two names may share their memory.
+    """
     model_options: Mapping[str, Any]
-    """``args``, or ``cfg.model``, as plain data."""
+    """``args``, or ``cfg.model``, as plain data; what could not be opened is ``Held``."""
     task_options: Mapping[str, Any]
     """``args``, or ``cfg.task``, as plain data."""
 
@@ -88,13 +96,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
     loaded = _load(path)
     if not isinstance(loaded, dict):
         _fail(path, f"a {type(loaded).__name__}", "a fairseq checkpoint", _AGAIN)
+    # An OrderedDict of a file may bring its own items() and get(): dict's are taken.
+    loaded = dict(dict.items(loaded))
     model = loaded.get("model")
     if not isinstance(model, dict) or not model:
-        got = f"no model in {', '.join(sorted(map(str, loaded))[:6]) or 'an empty file'}"
+        held = sorted(shown(key, 40) for key in loaded if isinstance(key, str))
+        got = f"no model in {', '.join(held[:6]) or 'an empty file'}"
         _fail(path, got, "model, and args or cfg", "Give a checkpoint that fairseq-train wrote.")
-    odd = [key for key, value in model.items() if not _is_plain_tensor(key, value)]
+    tensors = {key: _plain_tensor(key, value) for key, value in dict.items(model)}
+    odd = [key for key, tensor in tensors.items() if tensor is None]
     if odd:
-        _fail(path, f"{odd[0]!r} in model", "named, dense tensors and nothing else", _AGAIN)
+        _fail(path, f"'{shown(odd[0])}' in model", "named, dense tensors and nothing else", _AGAIN)
     try:
         args, cfg = plain(loaded.get("args")), plain(loaded.get("cfg"))
     except RecursionError:
@@ -110,7 +122,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             path, "neither args nor cfg.model", "the options of the training beside the tensors",
             "Give a checkpoint as fairseq-train wrote it: sizes and heads stand there.",
         )  # fmt: skip
-    return Checkpoint(path=path, tensors=model, model_options=options, task_options=task)
+    kept = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+    return Checkpoint(path=path, tensors=kept, model_options=options, task_options=task)
 
 
 def write_checkpoint(
@@ -145,20 +158,35 @@ def write_checkpoint(
     torch.save(whole, path)
 
 
-def plain(value: Any) -> Any:
-    """Options as plain data: omegaconf's containers and nodes, namespaces and enums opened."""
+def plain(value: Any, done: dict[int, Any] | None = None) -> Any:
+    """Options as plain data: omegaconf's containers and nodes, namespaces and enums opened.
+
+    An object that does not open, such as a number of numpy's, stays ``Held``.
+
+    Args:
+        value: as loaded.
+        done: what was opened already, by id: a file may name one list many times over.
+    """
+    done = {} if done is None else done
+    if id(value) not in done:
+        done[id(value)] = _opened(value, done)
+    return done[id(value)]
+
+
+def _opened(value: Any, done: dict[int, Any]) -> Any:
     if isinstance(value, Held):
         state = value.state
         if state is None:  # an enum member is made of its value
-            return plain(value.args[0]) if len(value.args) == 1 else None
+            return plain(value.args[0], done) if len(value.args) == 1 else value
         if not isinstance(state, dict):
-            return None
+            return value
         inside = next((key for key in ("_content", "_val") if key in state), None)
-        return plain(state if inside is None else state[inside])
+        return plain(state if inside is None else state[inside], done)
     if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        entries = dict.items(value)
+        return {key: plain(entry, done) for key, entry in entries if isinstance(key, str)}
     if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
+        return [plain(entry, done) for entry in value]
     return value
 
 
@@ -186,28 +214,37 @@ def _load(path: Path) -> Any:
     mapped = zipfile.is_zipfile(path)
     for _ in range(_MOST_NAMES):
         try:
-            with torch.serialization.safe_globals(stand_ins):
+            with only_globals(stand_ins):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
             # torch's own text advises to let the file run code; only the name in it is of use.
-            named = re.search(r"GLOBAL (\S+)", str(error))
+            named = re.search(r"GLOBAL (.+?) (?:was not|whose module)", str(error))
             if named is None:
                 _fail(path, "something that does not read as data", _WHOLE, _AGAIN)
-            if not named[1].startswith(_PACKAGES):
+            is_known = any(name == named[1] for _, name in stand_ins)
+            if is_known or not named[1].startswith(_PACKAGES):
                 _fail(
-                    path, f"the object {named[1]}", "tensors, and options of fairseq's",
+                    path, f"the object {shown(named[1])}", "tensors, and options of fairseq's",
                     "It was not made and nothing ran. Take the file from another source.",
                 )  # fmt: skip
             stand_ins.append((Held, named[1]))
         except Exception as error:  # a damaged pickle may fail in any way
-            first = " ".join(str(error).split()).partition(". ")[0][:100]
+            first = shown(" ".join(str(error).split()).partition(". ")[0])
             size = f"{path.stat().st_size:,} bytes that do not read ({first})"
             _fail(path, size, _WHOLE, _AGAIN)
     _fail(path, f"more than {_MOST_NAMES} kinds of objects", _WHOLE, _AGAIN)
 
 
-def _is_plain_tensor(key: object, value: object) -> bool:
-    return isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
+def _plain_tensor(key: object, value: object) -> Tensor | None:
+    """A tensor without what a file may hang on it; None for what is no dense tensor with a name."""
+    if not isinstance(key, str) or type(value) not in (Tensor, torch.nn.Parameter):
+        return None
+    tensor = Tensor.detach(cast(Tensor, value))  # a Parameter may bring its own detach()
+    if tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided:
+        return None
+    # A view may repeat one number without end: it would fill the memory once it is written out.
+    is_whole = tensor.device.type == "cpu" and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    return tensor if is_whole else None
 
 
 def _fail(path: Path, got: object, wanted: object, way_out: str) -> NoReturn:

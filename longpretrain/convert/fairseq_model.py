@@ -10,17 +10,20 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from longpretrain.convert import fairseq_names as names
 from longpretrain.convert.fairseq_file import Checkpoint
+from longpretrain.convert.shown import shown
+from longpretrain.data.global_tokens import parse_global_tokens
 from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.model import LongformerForMaskedLM, ModelConfig, read_config
 from longpretrain.model.folder import changed
+from longpretrain.model.weights import POSITIONS
 
 _BIAS = "lm_head.bias"
 _MOST_LISTED = 12
@@ -28,6 +31,8 @@ _LARGEST = 1_000_000  # of any size: a damaged one shall not fill the memory
 _EPS = 1e-5
 _SPECIAL_IDS = {"bos_id": 0, "pad_id": 1, "eos_id": 2}
 _WINDOW = 512  # of a new model of the plugin
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_AS_WRITTEN = "Give a checkpoint as fairseq-train wrote it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +75,7 @@ def from_checkpoint(checkpoint: Checkpoint) -> FairseqModel:
         return _from_plugin(checkpoint)
     options = checkpoint.model_options
     _need_options(checkpoint.path, options)
-    found = names.current_names(checkpoint.tensors)
+    found = names.current_names(checkpoint.path, checkpoint.tensors)
     left_out = sorted(name for name in found if names.is_left_out(name))
     found = {name: tensor for name, tensor in found.items() if name not in left_out}
     sizes: dict[str, Any] = {
@@ -81,8 +86,8 @@ def from_checkpoint(checkpoint: Checkpoint) -> FairseqModel:
     stored = names.fairseq_names(sizes["num_layers"])
     decoder = found.pop(names.LM_WEIGHT, None)
     _need_names(checkpoint.path, found, list(stored.values()))
-    words, table = found[stored[names.WORDS]], found[stored[names.POSITIONS]]
-    tables = {stored[names.WORDS]: words, stored[names.POSITIONS]: table}
+    words, table = found[stored[names.WORDS]], found[stored[POSITIONS]]
+    tables = {stored[names.WORDS]: words, stored[POSITIONS]: table}
     odd = [f"{n} of shape {tuple(t.shape)}" for n, t in tables.items() if t.dim() != 2]
     _need_none(checkpoint.path, odd, "tables of rows")
     config = ModelConfig(
@@ -97,8 +102,8 @@ def from_checkpoint(checkpoint: Checkpoint) -> FairseqModel:
     _need_shapes(checkpoint.path, tensors, config, stored)
     _need_twins(checkpoint.path, decoder, words)
     return FairseqModel(
-        config=config, tensors=tensors, is_plugin=False, model_path=None, global_tokens=None,
-        notes=_notes(left_out, options),
+        config=config, tensors=_apart(tensors), is_plugin=False, model_path=None,
+        global_tokens=None, notes=_notes(left_out, options),
     )  # fmt: skip
 
 
@@ -129,8 +134,8 @@ def to_checkpoint(
         found = {f"{names.PLUGIN_PREFIX}{name}": tensor for name, tensor in own.items()}
     else:
         if types[0].any():
-            table = own[names.POSITIONS]
-            own[names.POSITIONS] = (table.float() + types[0].float()).to(table.dtype)
+            table = own[POSITIONS]
+            own[POSITIONS] = (table.float() + types[0].float()).to(table.dtype)
             notes.append("token types: added to every position row, as fairseq has none")
         stored = names.fairseq_names(config.num_layers)
         found = {theirs: own[ours] for ours, theirs in stored.items()}
@@ -170,8 +175,16 @@ def need_fairseq_expressible(where: Path, config: ModelConfig) -> None:
 
 def _from_plugin(checkpoint: Checkpoint) -> FairseqModel:
     path, options = checkpoint.path, checkpoint.model_options
-    found = {name.removeprefix(names.PLUGIN_PREFIX): t for name, t in checkpoint.tensors.items()}
-    given = str(checkpoint.task_options.get("model_path") or "")
+    found = names.plugin_names(path, checkpoint.tensors)
+    given = checkpoint.task_options.get("model_path") or ""
+    policy = checkpoint.task_options.get("global_tokens", "none")
+    for name, value in (("model_path", given), ("global_tokens", policy)):
+        if not isinstance(value, str):
+            _refuse_option(path, f"task.{name}", value, "a text")
+    try:
+        parse_global_tokens(policy)
+    except InputError as error:
+        _refuse_option(path, "task.global_tokens", policy, error.wanted)
     model_path = Path(given) if given else None
     config = _plugin_config(checkpoint, model_path)
     _need_layers(path, found, config.num_layers)
@@ -182,9 +195,8 @@ def _from_plugin(checkpoint: Checkpoint) -> FairseqModel:
     for twin, name in zip(twins, (names.WORDS, _BIAS), strict=True):
         _need_twins(path, twin, found[name])
     return FairseqModel(
-        config=config, tensors=found, is_plugin=True, model_path=model_path,
-        global_tokens=str(checkpoint.task_options.get("global_tokens", "none")),
-        notes=_notes([], options),
+        config=config, tensors=_apart(found), is_plugin=True, model_path=model_path,
+        global_tokens=policy, notes=_notes([], options),
     )  # fmt: skip
 
 
@@ -193,7 +205,7 @@ def _plugin_config(checkpoint: Checkpoint, model_path: Path | None) -> ModelConf
     if model_path is not None:
         if not (model_path / "config.json").is_file():
             raise InputError(
-                str(path), got=f"task.model_path {model_path}, which is not here",
+                str(path), got=f"task.model_path {shown(model_path)}, which is not here",
                 wanted="the folder that the training started from: its config.json has the sizes",
                 way_out="Put the folder back, or call from where this path leads to it.",
             )  # fmt: skip
@@ -211,9 +223,14 @@ def _plugin_config(checkpoint: Checkpoint, model_path: Path | None) -> ModelConf
             attention_window=(_WINDOW,) * sizes["num_layers"],
             **sizes,
         )  # fmt: skip
-    changes = {
-        name: options[name] for name in ("attention_window", "dilation") if options.get(name)
-    }
+    changes = {}
+    for name in ("attention_window", "dilation"):
+        value = options.get(name)
+        listed = value if isinstance(value, list) else [value]
+        if value and not all(type(number) is int for number in listed):
+            _refuse_option(path, name, value, "whole numbers")
+        if value:
+            changes[name] = value
     return dataclasses.replace(changed(config, changes), **_dropouts(path, options))
 
 
@@ -222,7 +239,7 @@ def _need_options(path: Path, options: Mapping[str, Any]) -> None:
     for name, wanted in names.FIXED_OPTIONS.items():
         got = options.get(name, wanted)
         if got != wanted and (got or wanted):  # None and 0 are both: not at all
-            other.append(f"{name} {got} (wanted {wanted})")
+            other.append(f"{name} {shown(got)} (wanted {wanted})")
     if other:
         raise InputError(
             f"options in {path}", got=" and ".join(other), wanted="RoBERTa as published",
@@ -232,11 +249,14 @@ def _need_options(path: Path, options: Mapping[str, Any]) -> None:
 
 def _integer(path: Path, name: str, value: object) -> int:
     if type(value) is not int or not 1 <= value <= _LARGEST:
-        raise InputError(
-            f"{name} in the options of {path}", got=value, wanted=f"1 to {_LARGEST:,}",
-            way_out="Give a checkpoint as fairseq-train wrote it.",
-        )  # fmt: skip
+        _refuse_option(path, name, value, f"1 to {_LARGEST:,}")
     return value
+
+
+def _refuse_option(path: Path, name: str, value: object, wanted: str) -> NoReturn:
+    raise InputError(
+        f"{name} in the options of {path}", got=shown(value), wanted=wanted, way_out=_AS_WRITTEN
+    )
 
 
 def _dropouts(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,10 +266,7 @@ def _dropouts(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(
-                f"{theirs} in the options of {path}", got=value, wanted="a number",
-                way_out="Give a checkpoint as fairseq-train wrote it.",
-            )  # fmt: skip
+            _refuse_option(path, theirs, value, "a number")
         found[ours] = float(value)
     return found
 
@@ -276,7 +293,8 @@ def _need_layers(path: Path, found: Mapping[str, Tensor], wanted: int) -> None:
 
 def _need_names(path: Path, found: Mapping[str, Tensor], wanted: Sequence[str]) -> None:
     problems = [f"no {name}" for name in wanted if name not in found]
-    problems += [f"{name}, which is not RoBERTa's" for name in sorted(found.keys() - set(wanted))]
+    foreign = sorted(found.keys() - set(wanted))
+    problems += [f"{shown(name)}, which is not RoBERTa's" for name in foreign]
     _need_none(path, problems, f"the {len(wanted)} tensors of its layers and masked-LM head")
 
 
@@ -288,7 +306,7 @@ def _need_shapes(
         tensor, theirs = tensors[name], stored.get(name, name)
         if tuple(tensor.shape) != wanted:
             problems.append(f"{theirs} of shape {tuple(tensor.shape)}, not {wanted}")
-        elif not tensor.is_floating_point():
+        elif tensor.dtype not in _DTYPES:
             problems.append(f"{theirs} of {tensor.dtype}")
     _need_none(path, problems, "the shapes that its options name")
 
@@ -311,6 +329,17 @@ def _need_twins(path: Path, decoder: Tensor | None, words: Tensor) -> None:
         )  # fmt: skip
 
 
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors none of which shares its memory with another: each is its owner's to change."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return own
+
+
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         skeleton = LongformerForMaskedLM(config)
@@ -319,11 +348,15 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _notes(left_out: Sequence[str], options: Mapping[str, Any]) -> tuple[str, ...]:
     notes = []
+    left_out = [name for name in left_out if name != names.VERSION]  # every file has one
     if left_out:
         more = len(left_out) - _MOST_LISTED
-        listed = ", ".join(left_out[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
+        listed = ", ".join(map(shown, left_out[:_MOST_LISTED]))
+        listed += f" and {more} more" if more > 0 else ""
         notes.append(f"left out, no part of a masked-LM model: {listed}")
-    used = [f"{name} {options[name]}" for name in names.TRAINING_OPTIONS if options.get(name)]
+    used = [
+        f"{name} {shown(options[name])}" for name in names.TRAINING_OPTIONS if options.get(name)
+    ]
     if used:
         notes.append(f"options of its training that ours lacks: {', '.join(used)}")
     return tuple(notes)

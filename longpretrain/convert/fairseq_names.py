@@ -7,13 +7,17 @@ RoBERTa has today. Checkpoints of our own plugin hold our names behind ``model.`
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from longpretrain.convert.shown import shown
+from longpretrain.errors import InputError
+from longpretrain.model.weights import POSITIONS
+
 WORDS = "longformer.embeddings.word_embeddings.weight"
-POSITIONS = "longformer.embeddings.position_embeddings.weight"
 TYPES = "longformer.embeddings.token_type_embeddings.weight"
 LM_WEIGHT = "encoder.lm_head.weight"
 """The decoder: in fairseq's files the word embeddings once more, under a second name."""
@@ -89,23 +93,52 @@ def fairseq_names(num_layers: int) -> dict[str, str]:
     return names
 
 
-def current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def current_names(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of any generation under today's names, as fairseq itself renames them on loading.
 
     Files of 2019 say ``decoder`` for the encoder and ``emb_layer_norm``, and hold the projections
     of queries, keys and values in one tensor, in this order.
+
+    Raises:
+        InputError: one tensor stands in the file under two names.
     """
-    found: dict[str, Tensor] = {}
+    found = []
     for old, tensor in tensors.items():
         name = re.sub(r"^decoder\.", "encoder.", old)
         name = name.replace(".emb_layer_norm.", ".layernorm_embedding.")
         start, joint, kind = name.rpartition(".self_attn.in_proj_")
         if joint and tensor.dim() and len(tensor) % 3 == 0:
             for part, third in zip("qkv", tensor.chunk(3), strict=True):
-                found[f"{start}.self_attn.{part}_proj.{kind}"] = third
+                found.append((old, f"{start}.self_attn.{part}_proj.{kind}", third))
         else:
-            found[name] = tensor
-    return found
+            found.append((old, name, tensor))
+    return _each_once(path, found)
+
+
+def plugin_names(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of our plugin by their names in memory.
+
+    Raises:
+        InputError: one tensor stands in the file under two names.
+    """
+    found = [(old, old.removeprefix(PLUGIN_PREFIX), tensor) for old, tensor in tensors.items()]
+    return _each_once(path, found)
+
+
+def _each_once(path: Path, found: Iterable[tuple[str, str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors by name, of (name in the file, name, tensor); with two of one, which would count?"""
+    old_names: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for old, name, tensor in found:
+        if name in tensors:
+            raise InputError(
+                str(path),
+                got=f"{shown(name)} stands twice, as {shown(old_names[name])} and {shown(old)}",
+                wanted="every tensor once",
+                way_out="Give the checkpoint as fairseq-train wrote it, before anything was added.",
+            )
+        old_names[name], tensors[name] = old, tensor
+    return tensors
 
 
 def is_left_out(name: str) -> bool:

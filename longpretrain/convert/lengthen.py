@@ -16,16 +16,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from longpretrain.convert.fairseq_names import POSITIONS
 from longpretrain.convert.read import RECORD_NAME, hashes
 from longpretrain.convert.source import Source, open_source
 from longpretrain.errors import InputError
 from longpretrain.files import fresh_folder
 from longpretrain.model import ModelConfig
 from longpretrain.model.folder import spread, write_model
+from longpretrain.model.weights import POSITIONS
 
 Init = Literal["copy", "random", "interpolate"]
 
+MAX_POSITIONS = 1 << 24
+"""Far above any use; a table of more would not fit into memory."""
+MAX_SEED = (1 << 63) - 1
+"""The largest that torch takes."""
 _INITS = ("copy", "random", "interpolate")
 
 
@@ -87,7 +91,8 @@ def convert(
       paper's text speaks of new position embeddings only.
     * ``interpolate``: stretched linearly, first row to first and last to last.
 
-    Global projections are copies of the local ones, unless the source has its own.
+    Global projections are copies of the local ones, unless the source has its own: a checkpoint of
+    a training without global tokens has not, as they stood still while the local ones learnt.
 
     Args:
         source: a Hugging Face folder, a checkpoint of ours, a run (its newest checkpoint), or a
@@ -114,7 +119,7 @@ def convert(
     )  # fmt: skip
     if report.up_to_date:
         return report
-    state, origins = _long_state(origin.tensors(), old, new, init, seed)
+    state, origins = _long_state(origin, new, init, seed)
     with fresh_folder(target, belongs=lambda _: False) as fresh:
         write_model((new, state), fresh)
         origin.carry_tokenizer(fresh, new.max_tokens)
@@ -159,10 +164,12 @@ def lengthen_positions(
 def _long_config(
     old: ModelConfig, positions: int, attention_window: int | Sequence[int]
 ) -> ModelConfig:
-    if isinstance(positions, bool) or not isinstance(positions, int) or positions < 1:
+    is_count = isinstance(positions, int) and not isinstance(positions, bool)
+    if not is_count or not 1 <= positions <= MAX_POSITIONS:
         raise InputError(
-            "positions", got=positions, wanted="1 or more tokens", way_out="4096 is the paper's."
-        )
+            "positions", got=positions, wanted=f"1 or more tokens, at most {MAX_POSITIONS:,}",
+            way_out="4096 is the paper's.",
+        )  # fmt: skip
     windows = attention_window if isinstance(attention_window, int) else list(attention_window)
     return dataclasses.replace(
         old,
@@ -176,24 +183,31 @@ def _request(source: Source, new: ModelConfig, init: Init, seed: int) -> dict[st
     """All that decides the outcome, for the record beside it."""
     if init not in _INITS:
         raise InputError("init", got=init, wanted=" or ".join(_INITS), way_out="Pick one.")
+    if not 0 <= seed <= MAX_SEED:
+        raise InputError(
+            "seed", got=seed, wanted="0 to 2**63 - 1", way_out="Any seed is as good: take 1."
+        )
     return {
         "source": source.path.absolute().name,
         "source_files": source.hashes(),
         "positions": new.max_tokens,
         "attention_window": list(new.attention_window),
         "init": init,
+        "global_tokens": source.state.get("global_tokens"),
         "seed": seed if init == "random" else None,
     }
 
 
 def _long_state(
-    state: dict[str, Tensor], old: ModelConfig, new: ModelConfig, init: Init, seed: int
+    source: Source, new: ModelConfig, init: Init, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The new tensors, and a sentence on the origin of each."""
+    state, old = source.weights(), source.config
     origins = dict.fromkeys(state, "the source's, unchanged")
-    if old.model_type == "roberta":
-        for name, local in _global_names(state):
-            state[name] = state[local].clone()
+    if old.model_type == "roberta" or not source.has_own_globals:
+        for name, local in _global_names(list(state)):
+            if name not in state:
+                state[name] = state[local].clone()
             origins[name] = "copies of the local projections"
     kept = old.pad_id + 1
     state[POSITIONS] = lengthen_positions(

@@ -22,13 +22,17 @@ from longpretrain.convert.read import (
     need_finite,
     run_state,
 )
+from longpretrain.convert.shown import shown
 from longpretrain.data.tokenizer import Tokenizer, load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.files import sha256
-from longpretrain.model import ModelConfig, config_json, read_config
+from longpretrain.model import ModelConfig, config_json, copy_local_to_global, read_config
 
 # What a checkpoint holds beside its model.
 _RUN_FILES = ("optimizer", "state.json")
+_LONGEST_PATH = 400
+# A folder with one of these is a model folder or a run, whatever else is in it.
+_OURS = ("config.json", "checkpoints", "latest")
 
 
 class Source(ABC):
@@ -39,12 +43,14 @@ class Source(ABC):
         config: the model's sizes and arithmetic.
         state: what a checkpoint of ours says of its training; empty for anything else.
         notes: what was left out, in words.
+        model_path: a folder that parts of the model come from, if it is not all in ``path``.
     """
 
     path: Path
     config: ModelConfig
     state: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    model_path: Path | None = None
 
     def __init__(self, tokenizer: Path | None) -> None:
         self._given = tokenizer
@@ -53,6 +59,18 @@ class Source(ABC):
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by their names in memory, all finite; the caller's to change."""
+
+    @property
+    def has_own_globals(self) -> bool:
+        """Whether its global projections, if any, learnt, which takes global tokens."""
+        return self.state.get("global_tokens") != "none"
+
+    def weights(self) -> dict[str, Tensor]:
+        """``tensors``, with the local projections for global ones that are not the model's own."""
+        tensors = self.tensors()
+        if not self.has_own_globals:
+            copy_local_to_global(tensors)
+        return tensors
 
     @abstractmethod
     def own_hashes(self) -> dict[str, str]:
@@ -148,10 +166,15 @@ class FairseqSource(Source):
         model = from_checkpoint(read_checkpoint(path))
         self.config, self.notes, self._tensors = model.config, model.notes, model.tensors
         self.state = {"global_tokens": model.global_tokens} if model.is_plugin else {}
-        self._model_path, self._is_plugin = model.model_path, model.is_plugin
+        self.model_path, self._is_plugin = model.model_path, model.is_plugin
         self._dictionary = path.parent / DICTIONARY_NAME
         if not model.is_plugin:
             self._need_tokenizer()
+        if self.model_path is not None:
+            own = self._given is None and self.has_own_tokenizer
+            what = "sizes and tokenizer" if own else "sizes"
+            folder = shown(self.model_path.absolute(), _LONGEST_PATH)
+            self.notes = (f"{what} from model_path {folder}", *self.notes)
 
     def tensors(self) -> dict[str, Tensor]:
         need_finite(self.path, self._tensors)
@@ -161,20 +184,20 @@ class FairseqSource(Source):
         found = {self.path.name: sha256(self.path)}
         if not self._is_plugin:
             return found | ({} if self._given else {DICTIONARY_NAME: sha256(self._dictionary)})
-        if self._model_path is not None and self._given is None and self.has_own_tokenizer:
-            found["tokenizer of model_path"] = load_tokenizer(self._model_path).fingerprint
+        if self.model_path is not None and self._given is None and self.has_own_tokenizer:
+            found["tokenizer of model_path"] = load_tokenizer(self.model_path).fingerprint
         sizes = json.dumps(config_json(self.config), sort_keys=True)  # a folder's, maybe
         return found | {"config": hashlib.sha256(sizes.encode()).hexdigest()}
 
     @property
     def has_own_tokenizer(self) -> bool:
         if self._is_plugin:
-            return self._model_path is None or has_tokenizer(self._model_path)
+            return self.model_path is None or has_tokenizer(self.model_path)
         return self._dictionary.is_file()
 
     def _own_tokenizer(self) -> Tokenizer:
         if self._is_plugin:
-            return load_tokenizer(self._model_path)
+            return load_tokenizer(self.model_path)
         return read_dictionary(self._dictionary, rows=self.config.vocab_size)
 
     def _need_tokenizer(self) -> None:
@@ -192,6 +215,19 @@ class FairseqSource(Source):
                 wanted=f"{self.config.vocab_size}, the word embeddings of {self.path}",
                 way_out="Give the tokenizer that the model was trained with.",
             )  # fmt: skip
+        if self._given is None or tokenizer is None or not self._dictionary.is_file():
+            return
+        try:
+            theirs = read_dictionary(self._dictionary, rows=self.config.vocab_size)
+        except InputError:  # of another kind: the reason to give a tokenizer
+            return
+        if theirs.fingerprint != tokenizer.fingerprint:
+            raise InputError(
+                f"tokenizer {self._given}", got="other ids than those of the dictionary",
+                wanted=f"what {self._dictionary} says",
+                way_out=f"Leave --tokenizer out, or move {DICTIONARY_NAME} away if it is not the"
+                " model's.",
+            )  # fmt: skip
 
 
 def open_source(path: Path | str, *, tokenizer: Path | str | None = None) -> Source:
@@ -205,4 +241,33 @@ def open_source(path: Path | str, *, tokenizer: Path | str | None = None) -> Sou
         InputError: see FolderSource and FairseqSource.
     """
     path, given = Path(path), None if tokenizer is None else Path(tokenizer)
-    return FairseqSource(path, given) if path.is_file() else FolderSource(path, given)
+    if path.is_file():
+        return FairseqSource(path, given)
+    if not path.exists() and path.suffix == ".pt":
+        raise InputError(
+            str(path), got="no such file", wanted="a fairseq checkpoint",
+            way_out=f"Give its name, such as DIR/model.pt{_beside(path.parent)}.",
+        )  # fmt: skip
+    if checkpoints := [] if any((path / name).exists() for name in _OURS) else _checkpoints(path):
+        raise InputError(
+            str(path), got=f"a folder with {_some(checkpoints)}",
+            wanted="a model folder, a run, or one fairseq checkpoint by its name",
+            way_out=f"Give {path / checkpoints[0]}.",
+        )  # fmt: skip
+    return FolderSource(path, given)
+
+
+def _checkpoints(folder: Path) -> list[str]:
+    """Names of the `.pt` files of a folder; none if there is no such folder."""
+    names = sorted(path.name for path in folder.glob("*.pt") if path.is_file())
+    return sorted(names, key=lambda name: name not in ("model.pt", "checkpoint_best.pt"))
+
+
+def _beside(folder: Path) -> str:
+    names = _checkpoints(folder)
+    return f"; {folder} has {_some(names)}" if names else ""
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(shown, names[:3])) + more

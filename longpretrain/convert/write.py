@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from longpretrain.convert.card import CARD_NAME, MARK, card
-from longpretrain.convert.fairseq_dictionary import DICTIONARY_NAME, dictionary_text
+from longpretrain.convert.fairseq_dictionary import (
+    DICTIONARY_NAME,
+    dictionary_text,
+    read_dictionary,
+)
 from longpretrain.convert.fairseq_file import read_checkpoint, write_checkpoint
 from longpretrain.convert.fairseq_model import (
     CheckpointParts,
@@ -20,10 +24,9 @@ from longpretrain.convert.fairseq_model import (
 from longpretrain.convert.read import need_expressible
 from longpretrain.convert.source import Source, open_source
 from longpretrain.convert.verify import VerifyReport, VerifyRow, verify, why_no_transformers
-from longpretrain.data.tokenizer import load_tokenizer
+from longpretrain.data.tokenizer import Tokenizer, load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.files import fresh_folder
-from longpretrain.model import copy_local_to_global
 from longpretrain.model.folder import holds_a_model_only, write_model
 
 FAIRSEQ_NAME = "model.pt"
@@ -71,18 +74,20 @@ def export(
     origin = open_source(source, tokenizer=tokenizer)
     need = need_expressible if format == "hf" else need_fairseq_expressible
     need(origin.path, origin.config)
-    tensors = origin.tensors()
-    if origin.state.get("global_tokens") == "none":
-        copy_local_to_global(tensors)
+    tensors = origin.weights()
+    global_tokens = _global_tokens(origin, tensors)
     with fresh_folder(target, belongs=_is_export) as fresh:
-        write = _write_hugging_face if format == "hf" else _write_fairseq
-        report = write(origin, tensors, fresh)
+        if format == "hf":
+            report = _write_hugging_face(origin, tensors, fresh)
+        else:
+            report = _write_fairseq(origin, tensors, fresh, global_tokens)
         if report is not None and not report.ok:
             raise RuntimeError("\n".join(["the export fails its check:", *report.lines()]))
         text = card(
             target.absolute().name, origin,
             parameters=sum(tensor.numel() for tensor in tensors.values()),
             report=report, unchecked=why_no_transformers() or "", library=_FORMATS[format],
+            global_tokens=global_tokens,
             notes=origin.notes if report is None else report.notes,
         )  # fmt: skip
         (fresh / CARD_NAME).write_text(text, encoding="utf-8")
@@ -99,7 +104,9 @@ def _write_hugging_face(
     return dataclasses.replace(verify(folder), notes=source.notes)
 
 
-def _write_fairseq(source: Source, tensors: dict[str, Tensor], folder: Path) -> VerifyReport:
+def _write_fairseq(
+    source: Source, tensors: dict[str, Tensor], folder: Path, global_tokens: str
+) -> VerifyReport:
     config, tokenizer = source.config, source.tokenizer()
     if config.model_type == "longformer":
         # The plugin knows RoBERTa's tokenizer only, or that of a folder, which has its own way in.
@@ -115,10 +122,13 @@ def _write_fairseq(source: Source, tensors: dict[str, Tensor], folder: Path) -> 
             way_out="Say --tokenizer DIR.",
         )  # fmt: skip
     text = dictionary_text(tokenizer, rows=config.vocab_size, where=source.path)
-    parts = to_checkpoint(config, tensors, global_tokens=_global_tokens(source, tensors))
+    parts = to_checkpoint(config, tensors, global_tokens=global_tokens)
     (folder / DICTIONARY_NAME).write_text(text, encoding="utf-8")
     write_checkpoint(folder / FAIRSEQ_NAME, parts.tensors, parts.model, parts.task)
-    rows = _read_back(folder / FAIRSEQ_NAME, source, parts)
+    rows = (
+        *_read_back(folder / FAIRSEQ_NAME, source, parts),
+        _read_dictionary_back(folder / DICTIONARY_NAME, tokenizer, config.vocab_size),
+    )
     return VerifyReport(rows=rows, notes=(*source.notes, *parts.notes))
 
 
@@ -157,6 +167,18 @@ def _read_back(path: Path, source: Source, parts: CheckpointParts) -> tuple[Veri
             check="read back: sizes and arithmetic", got=", ".join(different) or "equal",
             limit="equal", ok=not different,
         ),
+    )  # fmt: skip
+
+
+def _read_dictionary_back(path: Path, tokenizer: Tokenizer, rows: int) -> VerifyRow:
+    back = read_dictionary(path, rows=rows)
+    if rows == tokenizer.vocab_size == len(tokenizer.vocab):
+        alike = back.fingerprint == tokenizer.fingerprint
+    else:  # rows without a token got a name each
+        alike = tokenizer.vocab.items() <= back.vocab.items()
+    return VerifyRow(
+        check="read back: dictionary", got="equal" if alike else "another tokenizer",
+        limit="equal", ok=alike,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from longpretrain.files import read_json_object
 ROBERTA_BPE = Path(__file__).parent / "roberta_bpe"
 
 # Rows that a vocabulary keeps for nothing: fairseq pads its dictionary, BERT reserves room.
-_UNUSED = re.compile(r"madeupword\d{4}|\[unused\d+\]")
+_UNUSED = re.compile(r"madeupword\d{4,}|\[unused\d+\]")
 
 
 class Tokenizer(ABC):

@@ -5,14 +5,15 @@ In memory names begin with ``longformer.`` for every model type; in a file with 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,9 @@ INDEX_NAME = "model.safetensors.index.json"
 PICKLED_NAME = "pytorch_model.bin"
 PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
 SHARD_BYTES = 5_000_000_000
+
+POSITIONS = "longformer.embeddings.position_embeddings.weight"
+"""The position table, by its name in memory."""
 
 _WORDS = "longformer.embeddings.word_embeddings.weight"
 _TIED = {"lm_head.decoder.weight": _WORDS, "lm_head.decoder.bias": "lm_head.bias"}
@@ -134,6 +138,26 @@ def write_weights(
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+@contextlib.contextmanager
+def only_globals(allowed: Sequence[tuple[Callable[..., Any], str]] = ()) -> Iterator[None]:
+    """Beside tensors, ``weights_only`` makes these and nothing else, whatever a caller allowed.
+
+    torch keeps one list for the whole process, so that a name in a file could otherwise mean what
+    another library put there. The list is as before afterwards.
+
+    Args:
+        allowed: (what is called, the name in the file that it stands for).
+    """
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        torch.serialization.add_safe_globals(list(allowed))
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
 def _skeleton(config: ModelConfig) -> LongformerForMaskedLM:
     with torch.device("meta"):
         return LongformerForMaskedLM(config)
@@ -175,9 +199,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             _fail(path, size, "a whole safetensors file", _AGAIN)
     try:
         # weights_only never runs code of the file; mmap keeps a large file out of memory.
-        loaded = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        mapped = zipfile.is_zipfile(path)
+        with only_globals():
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         # torch's own text advises to let the file run code; only the name in it is of use.
         named = re.search(r"GLOBAL (\S+)", str(error))
@@ -186,9 +210,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         size = f"{path.stat().st_size:,} bytes that do not read ({error})"
         _fail(path, size, "a whole file of torch.save", _AGAIN)
-    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+    # Of an OrderedDict, as it may bring its own items().
+    tensors = dict(dict.items(loaded)) if isinstance(loaded, dict) else None
+    if tensors is None or not all(isinstance(t, Tensor) for t in tensors.values()):
         _fail(path, type(loaded).__name__, "a dictionary of tensors", _AGAIN)
-    return dict(loaded)
+    return tensors
 
 
 def _untied(folder: Path, found: dict[str, Tensor]) -> dict[str, Tensor]:
