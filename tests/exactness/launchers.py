@@ -159,7 +159,7 @@ class Cells:
             against="the reason and the step of its checkpoint"
             if scenario == "failure"
             else "one process without a launcher",
-            wanted="failed" if scenario == "failure" else f"<= 1e-5 relative, {way.ranks} ranks",
+            wanted="failed" if scenario == "failure" else f"<= 1e-5 relative, on {way.ranks}",
             measured="; ".join([measured, *problems] if measured else problems),
             ok=not problems,
         )
