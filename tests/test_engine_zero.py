@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from longpretrain.engine.zero import ZeroEngine
 from longpretrain.recipe import from_tree
 
 pytestmark = pytest.mark.usefixtures("process_group")
-DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 PAIRS = [(p, s) for p in ("fp32", "bf16") for s in (0, 1, 2, 3) if (p, s) != ("bf16", 0)]
 
 
@@ -35,9 +35,22 @@ def config(precision: str, stage: int, **optim: float) -> Config:
     return from_tree(tree | {"optim": {"lr": 0.1, **optim}})
 
 
+_started: list[ZeroEngine] = []
+
+
+@pytest.fixture(autouse=True)
+def _no_engine_stays() -> Iterator[None]:
+    """DeepSpeed's hooks keep an engine alive, and its buckets: memory that a fork would ask for."""
+    yield
+    while _started:
+        _started.pop()._engine.destroy()
+    gc.collect()
+
+
 def start(precision: str, stage: int, **optim: float) -> ZeroEngine:
     torch.manual_seed(0)
-    return ZeroEngine(Small(), config(precision, stage, **optim), accumulation=2)
+    _started.append(ZeroEngine(Small(), config(precision, stage, **optim), accumulation=2))
+    return _started[-1]
 
 
 def update(engine: ZeroEngine, poison: str = "") -> zero.StepResult:
