@@ -79,7 +79,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":
     from longpretrain.cli import main
+    from longpretrain.terminal import leave
 
     arguments = [a for a in sys.argv[1:] if not a.startswith(("--local_rank=", "--local-rank="))]
-    sys.exit(main(["train", *arguments]))
+    leave(main(["train", *arguments]))
 pass

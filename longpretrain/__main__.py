@@ -1,8 +1,17 @@
 """``python -m longpretrain VERB`` is ``longpretrain VERB``."""
 
-import sys
+from __future__ import annotations
+
+from typing import NoReturn
 
 from longpretrain.cli import main
+from longpretrain.terminal import leave
+
+
+def run() -> NoReturn:
+    """The program."""
+    leave(main())
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

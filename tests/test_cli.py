@@ -7,6 +7,8 @@ import errno
 import importlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -245,3 +247,21 @@ def test_one_rank_alone_then_another_recipe_then_fresh(
     assert main(["train", str(recipe), "--fresh", *short]) == 0
     assert (tmp_path / "run.old-1" / "status.json").is_file()
     assert json.loads((run / "status.json").read_text())["step"] == 1
+
+
+@pytest.mark.parametrize(("module", "winds_down"), [("deepspeed", False), ("json", True)])
+def test_a_rank_ends_at_once(module: str, winds_down: bool) -> None:
+    """What it printed is out and its code is right, and no native thread meets a dying Python."""
+    code = f"""
+import atexit, sys, types
+from longpretrain.terminal import leave
+sys.modules.setdefault({module!r}, types.ModuleType({module!r}))
+atexit.register(print, "wound down")
+print("through")
+leave(75)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 75
+    assert ended.stdout == "through\n" + "wound down\n" * winds_down

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 
 import pytest
@@ -44,7 +43,6 @@ def _no_engine_stays() -> Iterator[None]:
     yield
     while _started:
         _started.pop()._engine.destroy()
-    gc.collect()
 
 
 def start(precision: str, stage: int, **optim: float) -> ZeroEngine:
