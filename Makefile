@@ -21,7 +21,7 @@ demo: setup  ## the main job on real text: short model -> 4,096 tokens -> pretra
 test: setup check  ## everything a 2-core CPU machine can check
 	python -m pytest
 
-exactness: setup  ## every trainer, stage, rank count, resume and launcher compared; writes docs/exactness.md (25 minutes)
+exactness: setup  ## every trainer, stage, rank count, resume and launcher compared; writes docs/exactness.md (18 minutes on two cores)
 	PYTHONPATH=tests python -m exactness docs/exactness.md
 
 golden: setup  ## write tests/golden/ anew, after a change that is meant to change the numbers

@@ -43,19 +43,8 @@ def trainer_rows(work: Path, recipe: Path, *, quick: bool = False) -> list[Row]:
     config = load_recipe(str(recipe), [*BASE, *NO_DROPOUT])
     truth = plain_loop(config, UPDATES)
     cells = QUICK if quick else [(zero, *split) for zero in ZERO for split in SPLITS]
-    chains = [
-        Chain(
-            f"{zero}-{ranks}x{micro}",
-            (Leg(ranks, (*BASE, *NO_DROPOUT, *_how(zero, micro), "precision=fp32")),),
-        )
-        for zero, ranks, micro in cells
-    ]
-    run_chains(work, recipe, chains)
-    rows = []
-    for chain, (zero, ranks, micro) in zip(chains, cells, strict=True):
-        found = curve(work / chain.name)
-        cell = f"engine, {zero}, {_split(ranks, micro)}"
-        rows.append(_against(cell, found, truth))
+    engine = _engine_curves(work, recipe, cells, "fp32")
+    rows = [_against(cell, found, truth) for cell, found in engine.items()]
     for ranks, micro in ((1, 2), (2, 2)) if quick else ((1, 2), (1, 4), (2, 1), (2, 2)):
         found = fairseq_curve(
             work / f"fairseq-{ranks}x{micro}", config, ranks=ranks, micro=micro, updates=UPDATES
@@ -69,25 +58,14 @@ def trainer_rows(work: Path, recipe: Path, *, quick: bool = False) -> list[Row]:
 def bf16_rows(work: Path, recipe: Path, *, quick: bool = False) -> list[Row]:
     """bf16 has no one truth: the band is twice what rounding costs the plain loop itself.
 
-    fairseq-train is missing: its --bf16 takes a machine without a GPU for a TPU.
+    fairseq-train is missing: this fairseq takes every --bf16 for a TPU's.
     """
     config = load_recipe(str(recipe), [*BASE, *NO_DROPOUT])
     truth = plain_loop(config, UPDATES)
     rounded = plain_loop(config, UPDATES, precision="bf16")
     band = 2 * relative_difference(rounded.losses, truth.losses)
     cells = [("zero1", 2, 2)] if quick else [(z, *s) for z in ZERO[1:] for s in ((1, 4), (2, 1))]
-    chains = [
-        Chain(
-            f"bf16-{zero}-{ranks}x{micro}",
-            (Leg(ranks, (*BASE, *NO_DROPOUT, *_how(zero, micro), "precision=bf16")),),
-        )
-        for zero, ranks, micro in cells
-    ]
-    run_chains(work, recipe, chains)
-    found = {
-        f"engine, {zero}, {_split(ranks, micro)}": curve(work / chain.name).losses
-        for chain, (zero, ranks, micro) in zip(chains, cells, strict=True)
-    }
+    engine = _engine_curves(work, recipe, cells, "bf16")
     rows = [
         Row(
             section=BF16,
@@ -99,9 +77,9 @@ def bf16_rows(work: Path, recipe: Path, *, quick: bool = False) -> list[Row]:
         )
     ]
     against = "plain loop in fp32"
-    for cell, losses in found.items():
-        row = within(BF16, cell, against, losses, truth.losses, band)
-        if relative_difference(losses, truth.losses) < band / 40:
+    for cell, found in engine.items():
+        row = within(BF16, cell, against, found.losses, truth.losses, band)
+        if relative_difference(found.losses, truth.losses) < band / 40:
             row = equal(BF16, cell, against, ["nothing was rounded: did it run in bf16?"])
         rows.append(row)
     return rows
@@ -144,6 +122,21 @@ def repeat_rows(work: Path, recipe: Path) -> list[Row]:
             differences(work / "once", work / "again"),
         )
     ]
+
+
+def _engine_curves(
+    work: Path, recipe: Path, cells: Sequence[tuple[str, int, int]], precision: str
+) -> dict[str, Curve]:
+    """Our engine without dropout, by the names of the cells (stage, ranks, micro-batch)."""
+    chains = {
+        f"engine, {zero}, {_split(ranks, micro)}": Chain(
+            f"{precision}-{zero}-{ranks}x{micro}",
+            (Leg(ranks, (*BASE, *NO_DROPOUT, *_how(zero, micro), f"precision={precision}")),),
+        )
+        for zero, ranks, micro in cells
+    }
+    run_chains(work, recipe, list(chains.values()))
+    return {cell: curve(work / chain.name) for cell, chain in chains.items()}
 
 
 def _how(zero: str, micro: int) -> Sequence[str]:
