@@ -7,18 +7,25 @@ INSTALL := VIRTUAL_ENV="$(CURDIR)/$(VENV)" UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(U
 LOCKS := install/requirements.lock install/fairseq.lock
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup demo test exactness golden check lock clean
+# The compiled library follows its sources; a folder's own time changes when a file comes or goes.
+KERNELS := CMakeLists.txt pyproject.toml $(shell find csrc)
+JOBS ?= 2
+SANITIZE_TESTS = tests/test_attention_*.py tests/test_properties_attention.py
+SANITIZED := build/sanitize
+SANITIZERS := UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=max_malloc_fill_size=1073741824:malloc_fill_byte=255
+
+.PHONY: help setup demo test exactness golden check sanitize sanitize-quick lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/'
+	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /  \1\t/'
 
-setup: $(VENV)/.done  ## build the environment in .venv from the locks (about a minute; again only when they change)
+setup: $(VENV)/.built  ## build .venv from the locks (about a minute) and the compiled library; again only what changed
 
 demo: setup  ## the main job on real text: short model -> 4,096 tokens -> pretraining on 2 ranks -> HF export
 	python -m longpretrain.demo
 
-test: setup check  ## everything a 2-core CPU machine can check
+test: setup check sanitize-quick  ## everything a 2-core CPU machine can check
 	python -m pytest
 
 exactness: setup  ## every trainer, stage, rank count, resume and launcher compared; writes docs/exactness.md (18 minutes on two cores)
@@ -27,27 +34,54 @@ exactness: setup  ## every trainer, stage, rank count, resume and launcher compa
 golden: setup  ## write tests/golden/ anew, after a change that is meant to change the numbers
 	PYTHONPATH=tests python -m exactness.golden --write
 
-check: setup  ## lint, format, types, shell scripts
+check: setup  ## lint, format, types, shell scripts, format of C++
 	ruff check .
 	ruff format --check .
 	mypy
 	shellcheck launch.sh slurm/*.sh slurm/*.sbatch .ci/run
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs clang-format --dry-run --Werror
+
+# All instruction sets that the processor has, but only the small cases of csrc/sanitize/threads.cpp:
+# not csrc/bindings.cpp and not the tests' larger shapes, which `make sanitize` adds. Fresh memory is
+# filled with NaN, which the program finds in results. setarch, where it may: with addresses drawn
+# from too wide a range, as some kernels do, the thread sanitizer does not start.
+sanitize-quick: setup  ## a program of small cases on the CPU kernels, under the address, undefined-behaviour and thread sanitizers
+	set -e; for kind in address thread; do \
+	  CXX=$(CXX) cmake -S . -B $(SANITIZED)/$$kind -G Ninja -DLONGPRETRAIN_SANITIZE=$$kind --log-level=WARNING -Wno-unused-cli \
+	    -DPython_EXECUTABLE="$(CURDIR)/$(VENV)/bin/python"; \
+	  cmake --build $(SANITIZED)/$$kind -j $(JOBS) --target threads; \
+	  $(SANITIZERS) $$(setarch -R echo setarch -R 2>/dev/null) $(SANITIZED)/$$kind/threads; done
+
+# The preload puts the sanitizer's own allocator and C++ runtime before Python's; leaks are not
+# looked for, as Python and torch free little at their end.
+sanitize: sanitize-quick  ## sanitize-quick, and all tests of attention under the address and undefined-behaviour sanitizers
+	cmake --build $(SANITIZED)/address -j $(JOBS)
+	export $(SANITIZERS):detect_leaks=0 LONGPRETRAIN_LIBRARY="$(CURDIR)/$(SANITIZED)/address/_kernels.so" \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"; \
+	python -c 'from longpretrain.attention import why_not; raise SystemExit(why_not("fused"))' && \
+	python -m pytest -p no:cacheprovider $(SANITIZE_TESTS)
 
 lock:  ## resolve install/requirements.in again into the hashed lock
 	VIRTUAL_ENV="$(CURDIR)/$(VENV)" UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(UV) pip compile -q --generate-hashes \
 	  --python-version 3.11 --no-emit-package torch --no-emit-find-links --no-emit-index-url --no-annotate \
 	  --custom-compile-command "make lock" install/requirements.in -o install/requirements.lock
 
-clean:  ## remove what the targets made: the environment, caches, the demo's run
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo
+clean:  ## remove what the targets made: the environment, the library, caches, the demo's run
+	rm -rf $(VENV) build longpretrain/attention/_kernels.so .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo
 
 # torch is pinned by version, not by hash: its CPU and CUDA wheels differ.
-$(VENV)/.done: $(LOCKS) pyproject.toml
+$(VENV)/.done: $(LOCKS)
 	@command -v $(PYTHON) >/dev/null || { echo "make setup: no $(PYTHON) on PATH; install Python 3.11 (Debian: apt-get install python3.11-venv python3.11-dev) or say make PYTHON=..." >&2; exit 2; }
-	@command -v g++ >/dev/null || { echo "make setup: no g++ on PATH, and fairseq has C++ parts; install it (Debian: apt-get install g++)" >&2; exit 2; }
+	@command -v g++ >/dev/null || { echo "make setup: no g++ on PATH, and the kernels and fairseq are C++; install it (Debian: apt-get install g++)" >&2; exit 2; }
 	test -x $(UV) || { $(PYTHON) -m venv $(VENV) && $(VENV)/bin/pip install -q uv==0.13.9; }
 	$(INSTALL) torch==2.13.0
 	$(INSTALL) --no-deps --require-hashes -r install/requirements.lock
 	PYTHONPATH="$(CURDIR)/install/stub" $(INSTALL) --no-deps --no-build-isolation --require-hashes -r install/fairseq.lock
-	$(INSTALL) --no-deps --no-build-isolation -e .
 	touch $@
+
+# Without isolation: torch's headers, cmake and ninja are those of the locks.
+$(VENV)/.built: $(VENV)/.done $(KERNELS)
+	@touch $@.started  # what is edited during the build is newer than this, and built next time
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(INSTALL) --no-deps --no-build-isolation --reinstall-package longpretrain \
+	  -C cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON -e .
+	mv $@.started $@

@@ -1,4 +1,6 @@
-"""The public operator: what it refuses, and how it lives with the rest of PyTorch."""
+"""The public operator: what it refuses, which backend it picks, and how it lives with the rest of
+PyTorch. How the compiled library is loaded and guarded: test_attention_seam.py.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case, assert_equal_to, make_case
+from attention_cases import Case, assert_equal_to, make_case, output_gradient
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from longpretrain.attention import AttentionPattern, fused, sliding_attention, why_not
-from longpretrain.attention.portable import portable_attention, portable_attention_backward
 
 CASES = {
     "window_only": make_case(AttentionPattern(5), keys=70),
@@ -28,6 +30,25 @@ CASES = {
     ),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+@pytest.fixture(params=["portable", "fused"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend that is an operator to PyTorch; the reference is plain PyTorch."""
+    if reason := why_not(request.param):
+        pytest.skip(reason)
+    return str(request.param)
+
+
+def suited(case: Case, backend: str) -> Case:
+    """In the widest dtype that the backend knows."""
+    return case.to(torch.float32) if backend == "fused" else case
+
+
+def assert_same_bits(found: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert found.keys() == right.keys()
+    for name, x in right.items():
+        assert torch.equal(found[name], x), name
 
 
 def good() -> dict[str, Any]:
@@ -68,7 +89,21 @@ BAD = {
     "v_device": ({"v_BNHD": torch.zeros(2, 12, 3, 4, device="meta")}, r"v: got .* on meta"),
     "integers": ({"q_BNHD": torch.zeros(2, 10, 3, 4, dtype=torch.int64)}, r"q: got int64"),
     "dilations": ({"pattern": AttentionPattern(2, (1, 2))}, r"dilation: got 2 numbers for 3 heads"),
+    "no_tensor": ({"q_BNHD": [1.0, 2.0]}, r"q: got list; wanted a tensor"),
+    "nothing": ({"k_BNHD": None}, r"k: got None; wanted a tensor"),
+    "no_mask": ({"padding_BN": [True]}, r"padding_BN: got list; wanted a tensor or None"),
+    "no_pattern": ({"pattern": 2}, r"pattern: got int; wanted an AttentionPattern"),
+    "sparse": ({"q_BNHD": torch.zeros(2, 10, 3, 4).to_sparse()}, r"q: got sparse_coo float32"),
+    "batch": (
+        {"v_BNHD": torch.zeros(3, 12, 3, 4)},
+        r"v: got float32 \[3, 12, 3, 4\] on cpu; wanted float32 \[2, 12, 3, 4\]",
+    ),
+    "head_size": (
+        {"k_BNHD": torch.zeros(2, 12, 3, 5)},
+        r"k: got float32 \[2, 12, 3, 5\] on cpu; wanted float32 \[2, 12, 3, 4\]",
+    ),
     "offset": ({"q_offset": 3}, r"q_offset: got 3 with 10 queries and 12 keys; wanted 0 to 2"),
+    "broken_offset": ({"q_offset": 0.5}, r"q_offset: got 0.5"),
     "negative_offset": ({"q_offset": -1}, r"q_offset: got -1"),
     "padding_length": (
         {"padding_BN": torch.zeros(2, 10, dtype=torch.bool)},
@@ -79,7 +114,7 @@ BAD = {
     "index_dimensions": ({"global_index_BG": torch.zeros(2, dtype=INDEX)}, r"global_index_BG: got"),
     "index_too_high": (
         {"global_index_BG": torch.tensor([[0, 12], [5, -1]], dtype=INDEX)},
-        r"global_index_BG: got values from -1 to 12; wanted positions from 0 to 11",
+        r"global_index_BG: got values from 0 to 12; wanted positions from 0 to 11",
     ),
     "index_too_low": (
         {"global_index_BG": torch.tensor([[0, 1], [5, -2]], dtype=INDEX)},
@@ -100,10 +135,14 @@ BAD = {
     ),
     "p_too_high": ({"dropout_p": 0.999}, r"dropout_p: got 0.999"),
     "p_negative": ({"dropout_p": -0.1}, r"dropout_p: got -0.1"),
+    "p_nan": ({"dropout_p": float("nan")}, r"dropout_p: got nan"),
+    "p_text": ({"dropout_p": "much"}, r"dropout_p: got 'much'"),
+    "p_none": ({"dropout_p": None}, r"dropout_p: got None"),
+    "scale_nan": ({"scale": float("nan")}, r"scale: got nan; wanted a finite number"),
+    "scale_text": ({"scale": "1"}, r"scale: got '1'"),
     "no_seed": ({"dropout_seed_B": None}, r"dropout_seed_B: got none with dropout_p=0.1"),
     "seed_dtype": ({"dropout_seed_B": torch.zeros(2)}, r"dropout_seed_B: got float32"),
     "backend": ({"backend": "quick"}, r"backend: got 'quick'; wanted auto or fused"),
-    "fused": ({"backend": "fused"}, r"backend: got 'fused', but the compiled library is not built"),
 }
 
 
@@ -119,19 +158,26 @@ def test_too_many_heads_for_the_counter() -> None:
         sliding_attention(x, x, x, AttentionPattern(1))
 
 
-def test_why_not_and_the_announcement(caplog: pytest.LogCaptureFixture) -> None:
-    assert why_not("portable") is None
-    assert why_not("reference") is None
-    assert why_not("auto") is None
-    reason = why_not("fused")
-    assert reason is not None and "not built" in reason
-    fused._announce.cache_clear()
+def test_why_not_knows_the_backends() -> None:
+    assert [why_not(backend) for backend in ("auto", "portable", "reference")] == [None] * 3
+    with pytest.raises(ValueError, match="backend: got 'quick'"):
+        why_not("quick")
+
+
+def test_without_library_auto_is_portable_and_says_so_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "_why_no_library", lambda: "there is no library today")
+    fused._announce_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="longpretrain.attention"):
         for _ in range(3):
-            sliding_attention(**good())
+            found = sliding_attention(**good())
     assert [record.message for record in caplog.records] == [
-        f"attention runs on the portable backend: {reason}"
+        "attention runs on the portable backend: there is no library today"
     ]
+    assert torch.equal(found, sliding_attention(**good(), backend="portable"))
+    with pytest.raises(ValueError, match="backend: got 'fused', but there is no library today"):
+        sliding_attention(**good(), backend="fused")
 
 
 def test_dropout_that_rounds_to_nothing_needs_no_seed() -> None:
@@ -159,39 +205,46 @@ def test_default_scale() -> None:
     assert not torch.equal(case.forward(scale=1.0)[0], case.forward()[0])
 
 
-def operands(case: Case) -> tuple[Any, ...]:
-    """What the operator below the checks is called with."""
+def operands(case: Case, **changes: Any) -> tuple[Any, ...]:
+    """What the operators below the checks are called with."""
     values = case.floats | case.masks
     names = ("q_BNHD", "k_BNHD", "v_BNHD", "q_global_BGHD", "k_global_BNHD", "v_global_BNHD")
     masks = ("padding_BN", "document_BN", "global_index_BG", "dropout_seed_B")
-    pattern = case.pattern
-    return (
-        *(values.get(name) for name in names + masks),
-        pattern.one_sided_window,
-        list(pattern.dilation_of_heads(2)),
-        pattern.causal,
-        round(256 * values.get("dropout_p", 0.0)),
-        0.5,
-        values["q_offset"],
-    )
+    given = {name: values.get(name) for name in names + masks}
+    for name in ("document_BN", "global_index_BG"):
+        given[name] = None if given[name] is None else given[name].long()
+    given |= {
+        "one_sided_window": case.pattern.one_sided_window,
+        "dilation_of_heads": list(case.pattern.dilation_of_heads(2)),
+        "causal": case.pattern.causal,
+        "drop_below": round(256 * values.get("dropout_p", 0.0)),
+        "scale": 0.5,
+        "q_offset": values["q_offset"],
+    }
+    return tuple((given | changes).values())
 
 
 @each_case
-def test_opcheck(case: Case) -> None:
-    torch.library.opcheck(portable_attention, operands(case))
+def test_opcheck(case: Case, backend: str) -> None:
+    operator = getattr(torch.ops.longpretrain, f"sliding_attention_{backend}").default
+    torch.library.opcheck(operator, operands(suited(case, backend)))
 
 
 @each_case
-def test_opcheck_of_the_backward(case: Case) -> None:
-    inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in operands(case))
-    out, lse = portable_attention(*inputs)
-    torch.library.opcheck(portable_attention_backward, (torch.ones_like(out), out, lse, *inputs))
+def test_opcheck_of_the_backward(case: Case, backend: str) -> None:
+    forward = getattr(torch.ops.longpretrain, f"sliding_attention_{backend}")
+    backward = getattr(torch.ops.longpretrain, f"sliding_attention_{backend}_backward").default
+    given = operands(suited(case, backend))
+    inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in given)
+    out, lse = forward(*inputs)
+    torch.library.opcheck(backward, (torch.ones_like(out), out, lse, *inputs))
 
 
 @each_case
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles_into_one_graph(case: Case, dynamic: bool) -> None:
+def test_compiles_into_one_graph(case: Case, backend: str, dynamic: bool) -> None:
     torch.compiler.reset()
+    case = suited(case, backend)
     names = list(case.floats)
 
     @torch.compile(backend="aot_eager", fullgraph=True, dynamic=dynamic)
@@ -201,22 +254,37 @@ def test_compiles_into_one_graph(case: Case, dynamic: bool) -> None:
 
     out, lse = compiled(*case.floats.values())
     found = {"out": out.detach(), "lse": lse} | case.gradients(out)
-    assert_equal_to(found, case.run(), 1e-14)
+    assert_same_bits(found, case.run(backend))
 
 
 @each_case
-def test_checkpointing_changes_nothing(case: Case) -> None:
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved", "reentrant"])
+def test_checkpointing_changes_nothing(case: Case, backend: str, use_reentrant: bool) -> None:
+    case = suited(case, backend)
+
     def forward(*floats: Tensor) -> Tensor:
         named = dict(zip(case.floats, floats, strict=True))
-        return Case(case.pattern, named, case.masks).forward()[0]
+        return Case(case.pattern, named, case.masks).forward(backend)[0]
 
-    out = checkpoint(forward, *case.floats.values(), use_reentrant=False)
-    plain = case.run()
-    for name, x in case.gradients(out).items():
-        assert torch.equal(x, plain[name]), name
+    floats = {name: x.detach().requires_grad_() for name, x in case.floats.items()}
+    out = checkpoint(forward, *floats.values(), use_reentrant=use_reentrant)
+    out.backward(output_gradient(out))  # the reentrant kind knows no torch.autograd.grad
+    plain = case.run(backend)
+    for name, x in floats.items():
+        assert x.grad is not None
+        assert torch.equal(x.grad, plain[f"d{name}"]), name
 
 
-@pytest.mark.parametrize("backend", ["portable", "reference"])
+@each_case
+def test_backward_twice_over_one_graph(case: Case, backend: str) -> None:
+    case = suited(case, backend)
+    out, _ = case.forward(backend)
+    leaves, ones = list(case.floats.values()), torch.ones_like(out)
+    first, second = (torch.autograd.grad(out, leaves, ones, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["auto", "portable", "reference"])
 def test_autocast_casts_and_computes_in_float32(backend: str) -> None:
     case = CASES["everything"].to(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -238,19 +306,20 @@ def test_autocast_leaves_float64_alone() -> None:
 
 
 @each_case
-def test_lse_is_not_differentiable_and_outputs_are_fresh(case: Case) -> None:
-    out, lse = case.forward()
+def test_lse_is_not_differentiable_and_outputs_are_fresh(case: Case, backend: str) -> None:
+    case = suited(case, backend)
+    out, lse = case.forward(backend)
     assert out.requires_grad
     assert not lse.requires_grad
     inputs = {x.untyped_storage().data_ptr() for x in case.floats.values()}
     assert out.untyped_storage().data_ptr() not in inputs
 
 
-def test_frozen_inputs_get_no_gradient() -> None:
-    case = CASES["everything"]
+def test_frozen_inputs_get_no_gradient(backend: str) -> None:
+    case = suited(CASES["everything"], backend)
     floats = {k: x.detach() for k, x in case.floats.items()}
     floats["q_BNHD"].requires_grad_()
-    out, _ = Case(case.pattern, floats, case.masks).forward()
+    out, _ = Case(case.pattern, floats, case.masks).forward(backend)
     out.sum().backward()
     assert floats["q_BNHD"].grad is not None
     assert all(x.grad is None for name, x in floats.items() if name != "q_BNHD")
@@ -268,7 +337,7 @@ def test_default_projections_are_the_ordinary_ones() -> None:
     assert_equal_to(case.run(), given, 1e-14)
 
 
-@pytest.mark.parametrize("backend", ["portable", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "portable", "reference"])
 def test_a_batch_of_no_rows(backend: str) -> None:
     arguments = good()
     for name, x in arguments.items():
@@ -280,22 +349,32 @@ def test_a_batch_of_no_rows(backend: str) -> None:
     assert arguments["k_BNHD"].grad.shape == (0, 12, 3, 4)
 
 
-def test_forward_mode_is_refused_where_its_tangent_would_be_zero() -> None:
+def test_forward_mode_is_refused_where_its_tangent_would_be_zero(backend: str) -> None:
     x_BNHD = torch.randn(1, 6, 1, 2, generator=torch.Generator().manual_seed(0))
 
-    def attend(q_BNHD: Tensor, backend: str) -> Tensor:
-        return sliding_attention(q_BNHD, x_BNHD, x_BNHD, AttentionPattern(2), backend=backend)
-
     def tangent(backend: str) -> Tensor:
-        return torch.func.jvp(lambda q: attend(q, backend), (x_BNHD,), (x_BNHD,))[1]
+        def attend(q_BNHD: Tensor) -> Tensor:
+            return sliding_attention(q_BNHD, x_BNHD, x_BNHD, AttentionPattern(2), backend=backend)
+
+        return torch.func.jvp(attend, (x_BNHD,), (x_BNHD,))[1]
 
     with pytest.raises(ValueError, match=r"inputs: got tensors with a forward-mode tangent"):
-        tangent("portable")
+        tangent(backend)
     assert tangent("reference").abs().max() > 0
 
 
-def test_meta_tensors_give_shapes() -> None:
+def test_shapes_without_numbers(backend: str) -> None:
+    case = CASES["everything"].to(torch.bfloat16)
+    with FakeTensorMode() as mode:
+        floats = {k: mode.from_tensor(x) for k, x in case.floats.items()}
+        masks = {
+            k: mode.from_tensor(x) if isinstance(x, Tensor) else x for k, x in case.masks.items()
+        }
+        fake = Case(case.pattern, floats, masks).run(backend)
+    for name, x in case.run(backend).items():
+        assert (fake[name].shape, fake[name].dtype) == (x.shape, x.dtype), name
+        assert fake[name].stride() == x.stride(), name
     x = torch.zeros(2, 100, 3, 8, device="meta", dtype=torch.bfloat16)
-    out, lse = sliding_attention(x, x, x, AttentionPattern(4), return_lse=True)
+    out, lse = sliding_attention(x, x, x, AttentionPattern(4), return_lse=True, backend=backend)
     assert (out.shape, out.dtype) == (x.shape, torch.bfloat16)
     assert (lse.shape, lse.dtype) == ((2, 100, 3), torch.float32)

@@ -59,6 +59,9 @@ OWNERS = {
     "mpi4py": ("ranks.py",),
 }
 NO_TORCH = ("data/",)
+# The compiled library is no import: these are the words that reach it.
+LIBRARY_WORDS = ("load_library", "_kernels", "torch.ops.", "LONGPRETRAIN_LIBRARY")
+LIBRARY_OWNER = "attention/fused.py"
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -102,6 +105,13 @@ def test_heavy_packages_have_one_owner(path: Path) -> None:
         assert owners is None or name(path).startswith(owners), f"{name(path)} imports {module}"
         if name(path).startswith(NO_TORCH):
             assert module.split(".")[0] != "torch", f"{name(path)} imports torch"
+
+
+def test_the_compiled_library_has_one_owner() -> None:
+    for path in FILES:
+        found = [word for word in LIBRARY_WORDS if word in path.read_text(encoding="utf-8")]
+        wanted = list(LIBRARY_WORDS) if name(path) == LIBRARY_OWNER else []
+        assert found == wanted, f"{name(path)} names {found}"
 
 
 def test_table_covers_the_package() -> None:

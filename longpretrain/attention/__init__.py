@@ -5,8 +5,11 @@
 * ``pattern``: which keys a query reaches through its window.
 * ``reference``: the definition of right, dense and slow, for reading and for tests.
 * ``portable``: blocked PyTorch for any device, memory linear in the number of tokens.
-* ``fused``: the public operator: checks what the user passed and picks a backend.
+* ``fused``: the public operator: picks a backend, and owns the compiled kernels (``csrc/``).
+* ``checks``: what a user may pass.
 * ``philox``: the random bits of dropout, the same on every backend.
+
+``python -m longpretrain.attention`` says which backends run here and checks them.
 """
 
 from longpretrain.attention.fused import sliding_attention, why_not

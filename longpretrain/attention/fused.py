@@ -1,7 +1,8 @@
-"""The public attention operator: checks what the user passed and picks a backend.
+"""The public attention operator: has the call checked, picks a backend, and owns the compiled one.
 
-The compiled library will be loaded here and nowhere else. Until it is built, ``auto`` means the
-portable backend.
+The compiled library (``csrc/``) is loaded here and nowhere else, when a call first wants it. It
+brings two operators, forward and backward; here they get what torch.compile, activation
+checkpointing and autograd need of them.
 
 Letters: B batch row, N query, M key (N unless keys reach further), H head, D number of a head,
 G slot of a global token.
@@ -10,28 +11,41 @@ G slot of a global token.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
-from typing import Literal, overload
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 
+from longpretrain.attention.checks import check_call, check_kinds, refuse_forward_mode
 from longpretrain.attention.pattern import AttentionPattern
-from longpretrain.attention.philox import GLOBAL_ROW
 from longpretrain.attention.portable import portable_attention
 from longpretrain.attention.reference import reference_attention
 from longpretrain.errors import InputError
 
 BACKENDS = ("auto", "fused", "portable", "reference")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_FORWARD = "longpretrain::sliding_attention_fused"
+_BACKWARD = "longpretrain::sliding_attention_fused_backward"
+Floats = tuple[Tensor | None, ...]
+# Called with the same arguments in the same order.
+_TWINS = {
+    _FORWARD: "longpretrain::sliding_attention_portable",
+    _BACKWARD: "longpretrain::sliding_attention_portable_backward",
+}
 _log = logging.getLogger(__name__)
+_one_at_a_time = threading.Lock()
 
 
 def why_not(backend: str) -> str | None:
-    """Why a backend cannot run here, as a sentence; None when it can.
+    """Why a backend cannot run on this machine, as a sentence; None when it can.
 
     Raises:
         InputError: for a name that is no backend.
@@ -40,9 +54,20 @@ def why_not(backend: str) -> str | None:
         raise InputError(
             "backend", got=repr(backend), wanted=" or ".join(BACKENDS), way_out="Leave it at auto."
         )
-    if backend == "fused":
-        return "the compiled library is not built: this version has no compiled kernels"
-    return None
+    return _why_no_library() if backend == "fused" else None
+
+
+@functools.cache
+def kernel_facts() -> Mapping[str, str]:
+    """How the compiled library was built and what of it runs here; empty when there is none.
+
+    Its keys: compiler, torch (whose headers it was built with), largest head size, and instruction
+    sets: built, machine (those that the processor runs), used.
+    """
+    if _why_no_library() is not None:
+        return {}
+    lines = torch.ops.longpretrain.kernel_facts().splitlines()
+    return {name: value for name, _, value in (line.partition(": ") for line in lines)}
 
 
 @overload
@@ -149,23 +174,19 @@ def sliding_attention(
     Raises:
         InputError: (a ``ValueError``) for anything that does not fit. The values of
             ``global_index_BG`` and ``document_BN`` are looked at on the CPU only. Also for
-            forward-mode derivatives, which the reference backend alone has.
+            forward-mode derivatives, which the reference backend alone has, and for second
+            derivatives on the fused backend.
     """
-    q, k, v, q_global, k_global, v_global = _autocast(
-        q_BNHD, k_BNHD, v_BNHD, q_global_BGHD, k_global_BNHD, v_global_BNHD
+    floats: Floats = (q_BNHD, k_BNHD, v_BNHD, q_global_BGHD, k_global_BNHD, v_global_BNHD)
+    masks = (padding_BN, document_BN, global_index_BG, dropout_seed_B)
+    check_kinds(floats, masks, pattern)
+    floats = _autocast(floats)
+    drop_below, scale = check_call(
+        floats, masks, pattern, dropout_p=dropout_p, scale=scale, q_offset=q_offset
     )
+    q, k, v, q_global, k_global, v_global = floats
     assert q is not None and k is not None and v is not None
-    backend = _choose(backend)
-    drop_below = _check(
-        (q, k, v, q_global, k_global, v_global),
-        pattern=pattern,
-        padding_BN=padding_BN,
-        global_index_BG=global_index_BG,
-        document_BN=document_BN,
-        dropout_p=dropout_p,
-        dropout_seed_B=dropout_seed_B,
-        q_offset=q_offset,
-    )
+    backend = _choose(backend, q)
     if global_index_BG is not None and global_index_BG.shape[1] == 0:
         global_index_BG = None
     if global_index_BG is None:
@@ -174,7 +195,6 @@ def sliding_attention(
         q_global = _gathered(q, global_index_BG - q_offset) if q_global is None else q_global
         k_global = k if k_global is None else k_global
         v_global = v if v_global is None else v_global
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
 
     if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):
@@ -186,8 +206,12 @@ def sliding_attention(
                 q_offset=q_offset,
             )  # fmt: skip
     else:
-        _refuse_forward_mode(q, k, v, q_global, k_global, v_global)
-        out_BNHD, lse_BNH = portable_attention(
+        refuse_forward_mode(q, k, v, q_global, k_global, v_global)
+        operator: Callable[..., tuple[Tensor, Tensor]] = portable_attention
+        if backend == "fused":
+            operator = _fused_attention
+            document_BN, global_index_BG = _as_int64(document_BN), _as_int64(global_index_BG)
+        out_BNHD, lse_BNH = operator(
             q, k, v, q_global, k_global, v_global, padding_BN, document_BN, global_index_BG,
             dropout_seed_B, pattern.one_sided_window, list(pattern.dilation_of_heads(q.shape[2])),
             pattern.causal, drop_below, scale, q_offset,
@@ -195,14 +219,15 @@ def sliding_attention(
     return (out_BNHD, lse_BNH) if return_lse else out_BNHD
 
 
-def _choose(backend: str) -> str:
+def _choose(backend: str, q_BNHD: Tensor) -> str:
     """The backend that runs."""
-    reason = why_not("fused" if backend == "auto" else backend)
-    if reason is None:
+    if backend in {"portable", "reference"}:
         return backend
+    reason = why_not("fused" if backend == "auto" else backend) or _beyond_the_kernels(q_BNHD)
+    if reason is None:
+        return "fused"
     if backend == "auto":
-        if not torch.compiler.is_compiling():
-            _announce(reason)
+        _announce(reason)
         return "portable"
     raise InputError(
         "backend",
@@ -212,34 +237,47 @@ def _choose(backend: str) -> str:
     )
 
 
-@functools.cache
+def _beyond_the_kernels(q_BNHD: Tensor) -> str | None:
+    """Why the compiled kernels cannot take a call like this; all its tensors are like q."""
+    device, dtype, head_size = q_BNHD.device.type, q_BNHD.dtype, q_BNHD.shape[3]
+    if device not in {"cpu", "meta"}:
+        return f"the compiled kernels of this version run on the CPU, not on {device}"
+    if dtype not in FUSED_DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        return f"the compiled kernels take float32, bfloat16 and float16, not {name}"
+    if head_size > _largest_head_size():
+        return f"the compiled kernels take heads of up to {_largest_head_size()}, not {head_size}"
+    return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _largest_head_size() -> int:
+    return int(kernel_facts()["largest head size"])
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _announce(reason: str) -> None:
+    _announce_once(reason)
+
+
+@functools.cache
+def _announce_once(reason: str) -> None:
     _log.info("attention runs on the portable backend: %s", reason)
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def _autocast(floats: Floats) -> Floats:
     """Cast as autocast casts the inputs of a matrix product; float64 stays."""
-    like = tensors[0]
+    like = floats[0]
     assert like is not None
     device = like.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
-        return list(tensors)
+        return floats
     dtype = torch.get_autocast_dtype(device)
-    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in floats)
 
 
-def _refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """To PyTorch the tangent of an operator without a forward-mode rule is silently 0."""
-    if torch.compiler.is_compiling():
-        return
-    given = [x for x in tensors if x is not None]
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in given):  # type: ignore[no-untyped-call]
-        raise InputError(
-            "inputs",
-            got="tensors with a forward-mode tangent (torch.func.jvp)",
-            wanted="reverse-mode derivatives",
-            way_out="Use backward, torch.func.vjp, or backend='reference'.",
-        )
+def _as_int64(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.to(torch.int64)
 
 
 def _gathered(q_BNHD: Tensor, row_BG: Tensor) -> Tensor:
@@ -248,142 +286,113 @@ def _gathered(q_BNHD: Tensor, row_BG: Tensor) -> Tensor:
     return q_BNHD[each_B1, row_BG.long().clamp(0, q_BNHD.shape[1] - 1)]
 
 
-def _check(
-    floats: tuple[Tensor | None, ...],
-    *,
-    pattern: AttentionPattern,
-    padding_BN: Tensor | None,
-    global_index_BG: Tensor | None,
-    document_BN: Tensor | None,
-    dropout_p: float,
-    dropout_seed_B: Tensor | None,
-    q_offset: int,
-) -> int:
-    """All checks of what the user passed. Returns ``drop_below``, the dropout in 256ths."""
-    q, k, v, q_global, k_global, v_global = floats
-    assert q is not None and k is not None and v is not None
-    if q.dim() != 4 or k.dim() != 4 or 0 in q.shape[1:] or 0 in k.shape[1:]:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _why_no_library() -> str | None:
+    """Loads the compiled library on the first call; the reason, in words, if there is none.
+
+    torch.compile calls it while it traces and takes the answer for a constant.
+    """
+    with _one_at_a_time:
+        return _load_once()
+
+
+@functools.cache
+def _load_once() -> str | None:
+    named = os.environ.get("LONGPRETRAIN_LIBRARY")
+    found = None if named else importlib.util.find_spec("longpretrain.attention._kernels")
+    path = named or (found.origin if found else None)
+    if path is None:
+        way_out = "run pip install . once more in the checkout of longpretrain"
+        if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            way_out = f"install a C++ compiler (Debian: apt-get install g++), then {way_out}"
+        return f"the compiled library is not built: {way_out}"
+    if not Path(path).is_file():
+        return f"the compiled library is missing: there is no file {path}"
+    try:
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"the compiled library cannot be loaded: {error.__cause__ or error}"
+    if not all(_signature(fused) == _signature(portable) for fused, portable in _TWINS.items()):
+        return f"{path} is no compiled library of this version: run pip install . once more"
+    torch.library.register_fake(_FORWARD, _forward_shapes)
+    torch.library.register_fake(_BACKWARD, _backward_shapes)
+    torch.library.register_autograd(_FORWARD, _backward, setup_context=_keep_for_backward)
+    return None
+
+
+def _signature(name: str) -> str | None:
+    operator = getattr(torch.ops.longpretrain, name.split("::")[1], None)
+    return operator and str(operator.default._schema).partition("(")[2]
+
+
+def _forward_shapes(q_BNHD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    lse_BNH = q_BNHD.new_empty(q_BNHD.shape[:3], dtype=torch.float32)
+    return q_BNHD.new_empty(q_BNHD.shape), lse_BNH
+
+
+def _backward_shapes(
+    dout_BNHD: Tensor, out_BNHD: Tensor, lse_BNH: Tensor, *inputs: Any
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in inputs[:6] if x is not None]
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    out_BNHD, lse_BNH = output
+    ctx.mark_non_differentiable(lse_BNH)
+    ctx.save_for_backward(out_BNHD, lse_BNH, *inputs[:10])
+    ctx.numbers = inputs[10:]
+
+
+def _fused_attention(*inputs: Any) -> tuple[Tensor, Tensor]:
+    operator: Callable[..., tuple[Tensor, Tensor]] = _operator()
+    needs_gradient = any(x is not None and x.requires_grad for x in inputs[:6])
+    if needs_gradient and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        operator = _WithGradient.apply
+    return operator(*inputs)
+
+
+def _operator() -> Any:
+    return torch.ops.longpretrain.sliding_attention_fused.default
+
+
+def _backward(ctx: Any, dout_BNHD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    # Gradients are enabled here when the caller wants to differentiate once more.
+    run = _Gradient.apply if torch.is_grad_enabled() else _Gradient.forward
+    gradients = run(dout_BNHD, *ctx.saved_tensors, *ctx.numbers)
+    missing = 16 - len(gradients)
+    return (*gradients, *[None] * missing)
+
+
+class _WithGradient(torch.autograd.Function):
+    """The same gradient as register_autograd gives the operator, with less to do around it.
+
+    register_autograd looks at the whole signature for each argument: 65 us a call instead of 25.
+    """
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return _operator()(*inputs)
+
+    setup_context = staticmethod(_keep_for_backward)
+    backward = staticmethod(_backward)
+
+
+class _Gradient(torch.autograd.Function):
+    """The backward operator; refuses to be differentiated."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.ops.longpretrain.sliding_attention_fused_backward.default(*inputs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
         raise InputError(
-            "q and k",
-            got=f"shapes {list(q.shape)} and {list(k.shape)}",
-            wanted="[batch, tokens, heads, head size], all but the batch at least 1",
-            way_out="Split the heads off before the call, and leave out empty sequences.",
+            "derivative",
+            got="the second one of attention on the fused backend",
+            wanted="the first one",
+            way_out="Use backend='reference'.",
         )
-    batch, num_rows, num_heads, head_size = q.shape
-    num_keys = k.shape[1]
-    _check_tensor("q", q, q.shape, DTYPES, q.device)
-    for name, x in (("k", k), ("v", v), ("k_global", k_global), ("v_global", v_global)):
-        _check_tensor(name, x, (batch, num_keys, num_heads, head_size), (q.dtype,), q.device)
-    if num_heads >= GLOBAL_ROW:
-        raise InputError(
-            "heads", got=num_heads, wanted=f"fewer than {GLOBAL_ROW}", way_out="Split the call."
-        )
-    pattern.dilation_of_heads(num_heads)
-    if not 0 <= q_offset <= num_keys - num_rows:
-        raise InputError(
-            "q_offset",
-            got=f"{q_offset} with {num_rows} queries and {num_keys} keys",
-            wanted=f"0 to {num_keys - num_rows}: each query sits at the position of a key",
-            way_out="Pass the keys of the whole sequence.",
-        )
-    whole = (torch.int32, torch.int64)
-    _check_tensor("padding_BN", padding_BN, (batch, num_keys), (torch.bool,), q.device)
-    _check_tensor("document_BN", document_BN, (batch, num_keys), whole, q.device)
-    _check_tensor("dropout_seed_B", dropout_seed_B, (batch,), (torch.int64,), q.device)
-    own = [x for x in (q_global, k_global, v_global) if x is not None]
-    if global_index_BG is None:
-        if own:
-            raise InputError(
-                "global projections",
-                got=f"{len(own)} of q_global, k_global, v_global but no global_index_BG",
-                wanted="the positions of the global tokens",
-                way_out="Pass global_index_BG, or leave the global projections out.",
-            )
-    else:
-        slots = global_index_BG.shape[1] if global_index_BG.dim() == 2 else 0
-        _check_tensor("global_index_BG", global_index_BG, (batch, slots), whole, q.device)
-        _check_tensor(
-            "q_global", q_global, (batch, slots, num_heads, head_size), (q.dtype,), q.device
-        )
-    _check_values(global_index_BG, document_BN, num_keys)
-    return _check_dropout(dropout_p, dropout_seed_B)
-
-
-def _check_tensor(
-    name: str,
-    x: Tensor | None,
-    shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device,
-) -> None:
-    if x is None or (x.shape == shape and x.dtype in dtypes and x.device == device):
-        return
-    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    raise InputError(
-        name,
-        got=f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}",
-        wanted=f"{names} {list(shape)} on {device}",
-        way_out="All tensors must fit the queries' batch, heads, head size, dtype and device.",
-    )
-
-
-def _check_dropout(dropout_p: float, dropout_seed_B: Tensor | None) -> int:
-    drop_below = round(256 * dropout_p) if 0.0 <= dropout_p < 1.0 else 256
-    if drop_below == 256:
-        raise InputError(
-            "dropout_p",
-            got=dropout_p,
-            wanted="at least 0 and at most 255/256 when rounded to 256ths",
-            way_out="Usual values are 0 to 0.2.",
-        )
-    if drop_below and dropout_seed_B is None:
-        raise InputError(
-            "dropout_seed_B",
-            got=f"none with dropout_p={dropout_p}",
-            wanted="int64, one seed for each batch row",
-            way_out="Derive it from the run's seed, the step, the sample and the layer.",
-        )
-    return drop_below
-
-
-def _check_values(
-    global_index_BG: Tensor | None, document_BN: Tensor | None, num_keys: int
-) -> None:
-    """Checks that read values: only where reading is free."""
-    if global_index_BG is not None and _is_readable(global_index_BG):
-        low, high = -1, num_keys - 1
-        if bool(((global_index_BG < low) | (global_index_BG > high)).any()):
-            raise InputError(
-                "global_index_BG",
-                got=f"values from {int(global_index_BG.min())} to {int(global_index_BG.max())}",
-                wanted=f"positions from 0 to {high}, or -1 in an unused slot",
-                way_out="Positions count from the first key.",
-            )
-        ordered_BG = global_index_BG.sort(dim=1).values
-        twice = (ordered_BG[:, 1:] == ordered_BG[:, :-1]) & (ordered_BG[:, 1:] >= 0)
-        if bool(twice.any()):
-            raise InputError(
-                "global_index_BG",
-                got=f"position {int(ordered_BG[:, 1:][twice][0])} twice in one row",
-                wanted="each position once",
-                way_out="Put -1 in the slots that are left over.",
-            )
-    if document_BN is not None and _is_readable(document_BN):
-        falls = document_BN[:, 1:] < document_BN[:, :-1]
-        if bool(falls.any()):
-            row, position = (int(i) for i in falls.nonzero()[0])
-            raise InputError(
-                "document_BN",
-                got=f"a smaller number after token {position} of row {row}",
-                wanted="numbers that never fall along a row",
-                way_out="Number the documents in order; let padding carry on the last number.",
-            )
-
-
-def _is_readable(x: Tensor) -> bool:
-    """Whether looking at values costs no device synchronisation and there are values at all."""
-    return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not isinstance(x, FakeTensor)
-    )

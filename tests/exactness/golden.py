@@ -2,7 +2,7 @@
 
 They catch what a comparison of two runs of today cannot: a change that moves all trainers alike.
 Floating-point bits depend on which vector instructions the libraries pick, so golden runs pin them:
-torch's portable kernels, MKL's reproducible mode, one thread. What is left is named by
+torch's and our own plainest kernels, MKL's reproducible mode, one thread. What is left is named by
 ``machine()``; elsewhere the tables are compared within 1e-5 (bf16: 2e-4), with a warning.
 
     python -m exactness.golden --write      # after a change that is meant to change the numbers
@@ -31,6 +31,7 @@ from longpretrain.recipe import load_recipe
 TABLES = Path(__file__).resolve().parents[1] / "golden" / "step_losses.json"
 PINNED = {
     "ATEN_CPU_CAPABILITY": "default",
+    "LONGPRETRAIN_CPU_LEVEL": "plain",
     "MKL_CBWR": "COMPATIBLE",
     "ONEDNN_MAX_CPU_ISA": "SSE41",
     "OMP_NUM_THREADS": "1",
