@@ -38,7 +38,7 @@ struct AttentionParams {
   float* lse_BNH = nullptr;  // natural log-sum-exp, contiguous; +inf: row without keys
 
   // Contiguous; null when the caller gave none.
-  const bool* padding_BM = nullptr;          // true: padding
+  const uint8_t* padding_BM = nullptr;       // other than 0: padding
   const int64_t* document_BM = nullptr;      // never falls along a row
   const int64_t* global_index_BG = nullptr;  // key position, or -1 in an unused slot
   const int64_t* dropout_seed_B = nullptr;

@@ -150,7 +150,7 @@ DType dtype_of(const Tensor& x) {
   }
 }
 
-// A position out of range would be read and written there, one named twice by two threads at once.
+// The kernels would leave out a position that is out of range or named before: no silent surprise.
 void check_index(const AttentionParams& params) {
   std::vector<int64_t> ordered_G(params.G);
   for (int64_t row = 0; row < params.B; ++row) {
@@ -225,7 +225,7 @@ void fill(AttentionParams& params, Call& call) {
     params.k_global = read("k_global", *call.k_global_BMHD, dtype, {B, M, H, D});
     params.v_global = read("v_global", *call.v_global_BMHD, dtype, {B, M, H, D});
   }
-  params.padding_BM = values<bool>("padding_BM", call.padding_BM, ScalarType::Bool, {B, M});
+  params.padding_BM = values<uint8_t>("padding_BM", call.padding_BM, ScalarType::Bool, {B, M});
   params.document_BM = values<int64_t>("document_BM", call.document_BM, ScalarType::Long, {B, M});
   params.global_index_BG =
       values<int64_t>("global_index_BG", call.global_index_BG, ScalarType::Long, {B, G});

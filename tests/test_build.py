@@ -29,7 +29,7 @@ int {name}() {{
 #elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \\
     defined(__AVX512VL__)
     return 4;
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#elif defined(__AVX2__) && defined(__FMA__)
     return 2;
 #else
     return 1;

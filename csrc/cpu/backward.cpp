@@ -99,7 +99,8 @@ struct BackwardTile {
         for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 16
           for (int n = 0; n < kCols; ++n)
-            x[m][n] = exp2(multiply_add(x[m][n], times, minus_log_total[n]));
+            // At most 1, also where the log-sum-exp of large scores was rounded down.
+            x[m][n] = exp2(lesser(all(0.0f), multiply_add(x[m][n], times, minus_log_total[n])));
         }
         if (bounds != nullptr) mask_tile<Q>(keys.number + row + key, *bounds, column, x);
 #pragma GCC unroll 16
@@ -131,8 +132,7 @@ struct BackwardTile {
         multiply<Arithmetic, kCols, kUnits, 1, Q>(kUnits, keys.v_rows + int64_t{row + key} * kUnits,
                                                   dout.transposed + column * kLanes, x);
         float* weight = weights + key * Q + column * kLanes;
-        const StoredMask* kept = survivors + key * (Q / kLanes) + column;
-        if (survivors != nullptr) drop_tile<Q>(kept, x);
+        if (survivors != nullptr) drop_tile<Q>(survivors + key * (Q / kLanes) + column, x);
 #pragma GCC unroll 16
         for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 16
@@ -140,8 +140,8 @@ struct BackwardTile {
             const Floats before = load(weight + m * Q + n * kLanes);
             x[m][n] = before * multiply_add(x[m][n], kept_scale, minus_delta[n]);
             if (kPerUnit == 1 && survivors != nullptr) {
-              store(weight + m * Q + n * kLanes,
-                    keep_where(get(kept + m * (Q / kLanes) + n), before));
+              const StoredMask* kept = survivors + (key + m) * (Q / kLanes) + column + n;
+              store(weight + m * Q + n * kLanes, keep_where(get(kept), before));
             }
           }
         }
@@ -218,7 +218,8 @@ struct WindowBackward {
     const int32_t reach_after = p.causal ? 0 : reach;
     const bool none = window.first_query >= window.end_query;
     const int32_t first = none || window.is_first ? 0 : window.first_query - reach;
-    const int32_t end = none || window.is_last ? num_keys : window.end_query + reach_after;
+    const int32_t end =
+        none || window.is_last ? num_keys : smaller(window.end_query + reach_after, num_keys);
     for (int32_t step = first; step < end; ++step) {
       const int64_t row = window.row_of_step(step);
       const bool found = !none && step >= window.first_step && row < window.keys.count;

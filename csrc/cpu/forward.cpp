@@ -2,7 +2,7 @@
 // all keys for a global query.
 //
 // The softmax is first tried without a running maximum: weights are exp(score), which floats hold
-// for scores from about -41 to 44, and the sum tells whether that went well. If it did not, the
+// for scores from about -41 to 27, and the sum tells whether that went well. If it did not, the
 // tile is done again with one.
 //
 // Letters: see attention.h and queries.h.
@@ -18,7 +18,7 @@ struct ForwardTile {
   using Unit = typename Arithmetic::Unit;
   static constexpr int kPerUnit = Arithmetic::kPerUnit, kUnits = Dp / kPerUnit;
   static constexpr int kCols = Q / kLanes < kVectors ? Q / kLanes : kVectors;
-  static constexpr float kLowest = -1e30f;
+  static constexpr float kLowest = -0x1.fffffep127f;  // of all floats
 
   const Plan& plan;
   const AttentionParams& p;
@@ -158,7 +158,7 @@ struct ForwardTile {
   // no.
   bool went_well() const {
     for (int i = 0; i < Q; ++i) {
-      const bool fits = total[i] >= 0x1p-60f && total[i] <= 0x1p64f;
+      const bool fits = total[i] >= 0x1p-60f && total[i] <= 0x1p40f;
       if (lanes.live(i) && !fits) return false;
     }
     return true;

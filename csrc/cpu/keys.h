@@ -3,8 +3,14 @@
 // Letters: see attention.h; Dp is D filled up with zeros.
 #pragma once
 
+#include <type_traits>
+
 #include "gemm.h"
 #include "numbers.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace longpretrain::LONGPRETRAIN_LEVEL {
 namespace {
@@ -29,6 +35,17 @@ class Arena {
     T* taken = reinterpret_cast<T*>(next_);
     // One spare line, so that arrays of 4 KiB do not all start at the same address modulo 4 KiB.
     next_ += (count * sizeof(T) + 127) & ~size_t{63};
+#if defined(__SANITIZE_ADDRESS__)
+    // The spare line is nobody's, and what a task has not written is NaN.
+    if (!counts_) {
+      const size_t num_bytes = count * sizeof(T);
+      char* bytes = reinterpret_cast<char*>(taken);
+      __asan_unpoison_memory_region(bytes, num_bytes);
+      std::memset(bytes, 0xff, num_bytes);
+      const char* end = reinterpret_cast<char*>(next_);
+      __asan_poison_memory_region(bytes + num_bytes, end - bytes - num_bytes);
+    }
+#endif
     return taken;
   }
   size_t num_bytes() const { return next_; }
@@ -65,15 +82,16 @@ KeyClass key_class(const AttentionParams& p, const TensorBNHD& k, const TensorBN
 // Rows of `size` bfloat16 numbers, two by two: pair i holds number i of both.
 LONGPRETRAIN_INLINE void interleave(uint32_t* pairs, const uint32_t* first, const uint32_t* second,
                                     int size) {
-  const uint16_t* a = reinterpret_cast<const uint16_t*>(first);
-  const uint16_t* b = reinterpret_cast<const uint16_t*>(second);
-  for (int i = 0; i < size; ++i) pairs[i] = uint32_t{a[i]} | (uint32_t{b[i]} << 16);
+  for (int i = 0; i < size / 2; ++i) {
+    pairs[2 * i] = (first[i] & 0xffff) | (second[i] << 16);
+    pairs[2 * i + 1] = (first[i] >> 16) | (second[i] & 0xffff0000);
+  }
 }
 
 // Zeros without a source.
 template <class Unit>
 LONGPRETRAIN_INLINE void read_units(Unit* to, const char* from, DType dtype, int size, int padded) {
-  if constexpr (static_cast<Unit>(0.5f) != 0) {  // floats
+  if constexpr (std::is_same_v<Unit, float>) {
     if (from != nullptr) return read_row(to, from, dtype, size, padded);
     std::memset(to, 0, sizeof(float) * padded);
   } else {  // pairs of bfloat16: as they lie in memory
@@ -178,10 +196,13 @@ struct Keys {
         continue;
       }
       const int64_t position = keys.position(step);
-      const int32_t name = number_is_position ? static_cast<int32_t>(position) : step;
+      if ((flags_M[position] & dead) != 0) {  // what stands there may be no number
+        append(nullptr, nullptr, p.dtype, 0, -1);
+        continue;
+      }
       append(row_of(*keys.k, p.dtype, keys.b, position, keys.h),
              row_of(*keys.v, p.dtype, keys.b, position, keys.h), p.dtype, static_cast<int>(p.D),
-             (flags_M[position] & dead) != 0 ? -1 : name);
+             number_is_position ? static_cast<int32_t>(position) : step);
     }
   }
 

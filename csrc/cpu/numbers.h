@@ -29,10 +29,12 @@ LONGPRETRAIN_INLINE uint16_t to_bfloat16(float x) {
 
 LONGPRETRAIN_INLINE float from_float16(uint16_t x) {
   const uint32_t sign = uint32_t{x & 0x8000u} << 16, magnitude = x & 0x7fffu;
-  // 2**112 moves the exponent from one bias to the other, subnormals included.
-  const float normal = from_bits(magnitude << 13) * from_bits(0x77800000);
-  const uint32_t special = 0x7f800000 | (magnitude << 13);  // inf and NaN
-  return from_bits(sign | (magnitude >= 0x7c00 ? special : bits_of(normal)));
+  // Subnormals are multiples of 2**-24. Nothing here is a subnormal float, which some threads may
+  // be told to take for 0.
+  const uint32_t small = bits_of(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  const uint32_t normal = (magnitude << 13) + (112u << 23);  // from one bias to the other
+  const uint32_t special = 0x7f800000 | (magnitude << 13);   // inf and NaN
+  return from_bits(sign | (magnitude < 0x400 ? small : magnitude < 0x7c00 ? normal : special));
 }
 
 // To the nearest, ties to even; too large becomes inf.

@@ -114,7 +114,9 @@ char* thread_scratch(size_t num_bytes) {
   };
   thread_local std::unique_ptr<char, Free> memory;
   thread_local size_t size = 0;
-  if (size < num_bytes) {
+  // What an unusually wide window took is given back by the next usual call.
+  constexpr size_t kKept = size_t{32} << 20;
+  if (size < num_bytes || (size > kKept && num_bytes < size / 2)) {
     memory.reset();
     size = 0;
     const size_t wanted = static_cast<size_t>(round_up(static_cast<int64_t>(num_bytes), 4096));

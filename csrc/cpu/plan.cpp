@@ -9,20 +9,6 @@
 namespace longpretrain::cpu {
 namespace {
 
-// Fresh large memory is mapped page by page when first touched; large pages make that cheap.
-float* new_floats(int64_t count) {
-  constexpr size_t kLargePage = size_t{1} << 21;
-  const size_t num_bytes = static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(float);
-  const bool large = num_bytes >= 2 * kLargePage;
-  const size_t alignment = large ? kLargePage : 64;
-  void* memory = std::aligned_alloc(alignment, round_up(num_bytes, alignment));
-  if (memory == nullptr) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  if (large) madvise(memory, num_bytes, MADV_HUGEPAGE);  // a wish: nothing depends on it
-#endif
-  return static_cast<float*>(memory);
-}
-
 int32_t padded(int64_t head_size) {
   int32_t size = 32;
   while (size < head_size) size *= 2;
@@ -48,22 +34,32 @@ PlanStorage::PlanStorage(const AttentionParams& params, const AttentionBackwardP
     for (int32_t h = 0; h < params.H; ++h) cut(b, h);
   }
   if (backward != nullptr) {
-    plan_.edges = new_floats(int64_t{num_edges_} * 4 * plan_.window * plan_.padded_head_size);
-    plan_.partials =
-        new_floats(int64_t{num_partials_} * 2 * plan_.most_slots * plan_.padded_head_size);
+    edges_ = new_floats(int64_t{num_edges_} * 4 * plan_.window * plan_.padded_head_size);
+    partials_ = new_floats(int64_t{num_partials_} * 2 * plan_.most_slots * plan_.padded_head_size);
+    plan_.edges = edges_.get();
+    plan_.partials = partials_.get();
   }
 }
 
-PlanStorage::~PlanStorage() {
-  std::free(plan_.edges);
-  std::free(plan_.partials);
+// Fresh large memory is mapped page by page when first touched; large pages make that cheap.
+PlanStorage::Floats PlanStorage::new_floats(int64_t count) {
+  constexpr size_t kLargePage = size_t{1} << 21;
+  const size_t num_bytes = static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(float);
+  const bool large = num_bytes >= 2 * kLargePage;
+  const size_t alignment = large ? kLargePage : 64;
+  void* memory = std::aligned_alloc(alignment, round_up(num_bytes, alignment));
+  if (memory == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  if (large) madvise(memory, num_bytes, MADV_HUGEPAGE);  // a wish: nothing depends on it
+#endif
+  return Floats(static_cast<float*>(memory));
 }
 
 void PlanStorage::mark_tokens() {
   const AttentionParams& p = *plan_.params;
   flags_BM_.assign(p.B * p.M, 0);
   if (p.padding_BM != nullptr) {
-    for (int64_t i = 0; i < p.B * p.M; ++i) flags_BM_[i] = p.padding_BM[i] ? kPadding : 0;
+    for (int64_t i = 0; i < p.B * p.M; ++i) flags_BM_[i] = p.padding_BM[i] != 0 ? kPadding : 0;
   }
   slot_begin_B_.push_back(0);
   for (int64_t b = 0; b < p.B; ++b) {

@@ -1,6 +1,8 @@
 // Owns the memory behind a Plan. For baseline code only: see plan.h.
 #pragma once
 
+#include <cstdlib>
+#include <memory>
 #include <vector>
 
 #include "plan.h"
@@ -13,7 +15,6 @@ class PlanStorage {
                        const AttentionBackwardParams* backward = nullptr);
   PlanStorage(const PlanStorage&) = delete;
   PlanStorage& operator=(const PlanStorage&) = delete;
-  ~PlanStorage();
 
   const Plan& plan() const { return plan_; }
   // Tasks of a phase may run at once; phases run one after another.
@@ -27,7 +28,14 @@ class PlanStorage {
   void add(const Task& task);
   void order_global_rows();
 
+  struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+  };
+  using Floats = std::unique_ptr<float, Free>;
+  static Floats new_floats(int64_t count);
+
   Plan plan_{};
+  Floats edges_, partials_;
   std::vector<uint8_t> flags_BM_;
   std::vector<int32_t> document_begin_BM_, document_end_BM_;
   std::vector<int32_t> slot_begin_B_, slot_number_, slot_position_;

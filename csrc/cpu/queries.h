@@ -82,7 +82,6 @@ struct Lanes {
       }
     }
     keys.summarize();
-    columns.summarize();
   }
 
   void stay_in_documents(const Plan& plan, const KeyClass& tokens, int32_t end) {

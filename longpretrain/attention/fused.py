@@ -262,7 +262,7 @@ def _announce(reason: str) -> None:
 
 @functools.cache
 def _announce_once(reason: str) -> None:
-    _log.info("attention runs on the portable backend: %s", reason)
+    _log.warning("attention runs on the portable backend: %s", reason)
 
 
 def _autocast(floats: Floats) -> Floats:
