@@ -92,9 +92,8 @@ struct BackwardTile {
       }
       for (int key = 0; key < size; key += kRows) {
         Floats x[kRows][kCols];
-        clear(x);
-        multiply<Arithmetic, kCols, kUnits, 1, Q>(kUnits, keys.k_rows + int64_t{row + key} * kUnits,
-                                                  q.transposed + column * kLanes, x);
+        products<Arithmetic, kCols, kUnits, Q>(keys.k_rows + int64_t{row + key} * kUnits,
+                                               q.transposed + column * kLanes, x);
 #pragma GCC unroll 16
         for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 16
@@ -128,9 +127,8 @@ struct BackwardTile {
       }
       for (int key = 0; key < size; key += kRows) {
         Floats x[kRows][kCols];
-        clear(x);
-        multiply<Arithmetic, kCols, kUnits, 1, Q>(kUnits, keys.v_rows + int64_t{row + key} * kUnits,
-                                                  dout.transposed + column * kLanes, x);
+        products<Arithmetic, kCols, kUnits, Q>(keys.v_rows + int64_t{row + key} * kUnits,
+                                               dout.transposed + column * kLanes, x);
         float* weight = weights + key * Q + column * kLanes;
         if (survivors != nullptr) drop_tile<Q>(survivors + key * (Q / kLanes) + column, x);
 #pragma GCC unroll 16

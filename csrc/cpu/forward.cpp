@@ -68,7 +68,8 @@ struct ForwardTile {
       for (int n = 0; n < kCols; ++n) sum[n] = load(total + (column + n) * kLanes);
       for (int key = 0; key < size; key += kRows) {
         Floats x[kRows][kCols];
-        products(keys, row + key, column, x);
+        products<Arithmetic, kCols, kUnits, Q>(keys.k_rows + int64_t{row + key} * kUnits,
+                                               q.transposed + column * kLanes, x);
 #pragma GCC unroll 16
         for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 16
@@ -87,20 +88,14 @@ struct ForwardTile {
     }
   }
 
-  LONGPRETRAIN_MEMBER void products(const Keys<Arithmetic, Dp>& keys, int32_t row, int column,
-                                    Floats (&x)[kRows][kCols]) {
-    clear(x);
-    multiply<Arithmetic, kCols, kUnits, 1, Q>(kUnits, keys.k_rows + int64_t{row} * kUnits,
-                                              q.transposed + column * kLanes, x);
-  }
-
   __attribute__((noinline)) void find_scores(const Keys<Arithmetic, Dp>& keys, int32_t row,
                                              int size, const Bounds<Q>* bounds) {
     const Floats nothing = all(-INFINITY);
     for (int column = 0; column < Q / kLanes; column += kCols) {
       for (int key = 0; key < size; key += kRows) {
         Floats x[kRows][kCols];
-        products(keys, row + key, column, x);
+        products<Arithmetic, kCols, kUnits, Q>(keys.k_rows + int64_t{row + key} * kUnits,
+                                               q.transposed + column * kLanes, x);
         for (int m = 0; m < kRows; ++m) {
           for (int n = 0; n < kCols; ++n) {
             Floats score = x[m][n] * all(factor);

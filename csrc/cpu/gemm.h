@@ -68,6 +68,16 @@ LONGPRETRAIN_INLINE void clear(Floats (&c)[kRows][kCols]) {
   }
 }
 
+// c = the products of kRows rows with kCols vectors of queries, which are transposed:
+// [unit][query].
+template <class Arithmetic, int kCols, int kUnits, int kQueries>
+LONGPRETRAIN_INLINE void products(const typename Arithmetic::Unit* rows,
+                                  const typename Arithmetic::Unit* queries,
+                                  Floats (&c)[kRows][kCols]) {
+  clear(c);
+  multiply<Arithmetic, kCols, kUnits, 1, kQueries>(kUnits, rows, queries, c);
+}
+
 // C[0:num_rows][0:kColumns] += A * B; C's rows are kColumns long, num_rows a multiple of kRows.
 template <class Arithmetic, int kColumns, int kRowStrideA, int kStepA>
 __attribute__((noinline)) void add_matrix_product(int num_rows, int num_steps,

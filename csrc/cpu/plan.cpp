@@ -65,7 +65,7 @@ void PlanStorage::mark_tokens() {
   for (int64_t b = 0; b < p.B; ++b) {
     for (int64_t g = 0; g < p.G; ++g) {
       const int64_t position = p.global_index_BG[b * p.G + g];
-      // The user's positions were checked where reading them is free; others must do no harm.
+      // bindings.cpp refuses bad positions; whoever calls without it must come to no harm.
       if (position < 0 || position >= p.M || flags_BM_[b * p.M + position] != 0) continue;
       flags_BM_[b * p.M + position] = kGlobal;
       slot_number_.push_back(static_cast<int32_t>(g));

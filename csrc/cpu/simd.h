@@ -18,7 +18,6 @@
 #endif
 
 #define LONGPRETRAIN_INLINE static inline __attribute__((always_inline))
-#define LONGPRETRAIN_MEMBER inline __attribute__((always_inline))
 // For what is called in many places and takes longer than a call: it halves the time to compile.
 #define LONGPRETRAIN_CALLED [[maybe_unused]] static __attribute__((noinline))
 
@@ -59,20 +58,6 @@ LONGPRETRAIN_INLINE Floats select(Mask mask, Floats yes, Floats no) {
 LONGPRETRAIN_INLINE void put(StoredMask* p, Mask mask) { p->bits = mask; }
 LONGPRETRAIN_INLINE Mask get(const StoredMask* p) { return p->bits; }
 
-// 2**x; 0 below -150 and for -inf, +inf from 128 on. Relative error below 2e-7. The polynomial is
-// the best of its degree for 2**x between 0 and 1 that is exact at 0.
-LONGPRETRAIN_INLINE Floats exp2(Floats x) {
-  // x minus the next whole number below, and 0 for infinities.
-  const Floats part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  Floats y = all(1.86713017e-3f);
-  y = multiply_add(y, part, all(9.01702978e-3f));
-  y = multiply_add(y, part, all(5.57999127e-2f));
-  y = multiply_add(y, part, all(2.40164444e-1f));
-  y = multiply_add(y, part, all(6.93151295e-1f));
-  y = multiply_add(y, part, all(1.0f));
-  return _mm512_scalef_ps(y, x);  // times 2 to the next whole number below x
-}
-
 #elif defined(__AVX2__)
 
 constexpr int kLanes = 8;
@@ -109,25 +94,6 @@ LONGPRETRAIN_INLINE void put(StoredMask* p, Mask mask) {
 }
 LONGPRETRAIN_INLINE Mask get(const StoredMask* p) {
   return _mm256_loadu_ps(reinterpret_cast<const float*>(p->lanes));
-}
-
-// 2**x; 0 below -127 and for -inf, above 1e37 from 125 on. Relative error below 3e-7, by the same
-// polynomial at every level.
-LONGPRETRAIN_INLINE Floats exp2(Floats x) {
-  x = _mm256_min_ps(all(125.0f), larger(all(-127.0f), x));
-  // Adding 1.5 * 2**23 rounds to a whole number, which is then found in the lowest bits: here to
-  // one that is at most 1 below x.
-  const Floats shift = all(12582912.0f + 127.0f);
-  const Floats shifted = _mm256_add_ps(_mm256_sub_ps(x, all(0.5f)), shift);
-  const Floats part = _mm256_sub_ps(x, _mm256_sub_ps(shifted, shift));
-  Floats y = all(1.86713017e-3f);
-  y = multiply_add(y, part, all(9.01702978e-3f));
-  y = multiply_add(y, part, all(5.57999127e-2f));
-  y = multiply_add(y, part, all(2.40164444e-1f));
-  y = multiply_add(y, part, all(6.93151295e-1f));
-  y = multiply_add(y, part, all(1.0f));
-  const Ints power = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
-  return _mm256_mul_ps(y, _mm256_castsi256_ps(power));
 }
 
 #else
@@ -173,8 +139,40 @@ LONGPRETRAIN_INLINE void put(StoredMask* p, Mask mask) {
 }
 LONGPRETRAIN_INLINE Mask get(const StoredMask* p) { return load(p->lanes); }
 
-// 2**x; 0 below -127 and for -inf, above 1e37 from 125 on. Relative error below 3e-7, by the same
-// polynomial at every level.
+#endif
+
+// 2**part for a part of 0 to 1: the best polynomial of its degree that is exact at 0, off by less
+// than 2e-7 of the result.
+LONGPRETRAIN_INLINE Floats exp2_of_part(Floats part) {
+  Floats y = all(1.86713017e-3f);
+  y = multiply_add(y, part, all(9.01702978e-3f));
+  y = multiply_add(y, part, all(5.57999127e-2f));
+  y = multiply_add(y, part, all(2.40164444e-1f));
+  y = multiply_add(y, part, all(6.93151295e-1f));
+  y = multiply_add(y, part, all(1.0f));
+  return y;
+}
+
+// 2**x, off by less than 3e-7 of it; 0 far below (AVX-512: -150, else -127) and for -inf. Far above
+// it is +inf (AVX-512, from 128 on), or more than 1e37 (from 125 on).
+#if defined(__AVX512F__)
+LONGPRETRAIN_INLINE Floats exp2(Floats x) {
+  // x minus the next whole number below, and 0 for infinities.
+  const Floats part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  return _mm512_scalef_ps(exp2_of_part(part), x);  // times 2 to the next whole number below x
+}
+#elif defined(__AVX2__)
+LONGPRETRAIN_INLINE Floats exp2(Floats x) {
+  x = _mm256_min_ps(all(125.0f), larger(all(-127.0f), x));
+  // Adding 1.5 * 2**23 rounds to a whole number, which is then found in the lowest bits: here to
+  // one that is at most 1 below x.
+  const Floats shift = all(12582912.0f + 127.0f);
+  const Floats shifted = _mm256_add_ps(_mm256_sub_ps(x, all(0.5f)), shift);
+  const Floats part = _mm256_sub_ps(x, _mm256_sub_ps(shifted, shift));
+  const Ints power = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
+  return _mm256_mul_ps(exp2_of_part(part), _mm256_castsi256_ps(power));
+}
+#else
 LONGPRETRAIN_INLINE Floats exp2(Floats x) {
   x = select(x > all(125.0f), all(125.0f), larger(all(-127.0f), x));
   // Adding 1.5 * 2**23 rounds to a whole number, which is then found in the lowest bits: here to
@@ -182,20 +180,13 @@ LONGPRETRAIN_INLINE Floats exp2(Floats x) {
   const Floats shift = all(12582912.0f + 127.0f);
   const Floats shifted = (x - all(0.5f)) + shift;
   const Floats part = x - (shifted - shift);
-  Floats y = all(1.86713017e-3f);
-  y = multiply_add(y, part, all(9.01702978e-3f));
-  y = multiply_add(y, part, all(5.57999127e-2f));
-  y = multiply_add(y, part, all(2.40164444e-1f));
-  y = multiply_add(y, part, all(6.93151295e-1f));
-  y = multiply_add(y, part, all(1.0f));
   uint32_t bits[4];
   std::memcpy(bits, &shifted, sizeof bits);
   for (uint32_t& lane : bits) lane <<= 23;
   Floats power;
   std::memcpy(&power, bits, sizeof power);
-  return y * power;
+  return exp2_of_part(part) * power;
 }
-
 #endif
 
 // Sum of x[i] * y[i], in an order that does not depend on n's remainder: n is a multiple of 16.
