@@ -1,8 +1,6 @@
 // The entry points: picks the compiled instruction set and runs the tasks of a call.
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 
 #include "plan_storage.h"
 
@@ -109,20 +107,15 @@ void attention_backward_cpu(const AttentionBackwardParams& params, ParallelFor p
 namespace cpu {
 
 char* thread_scratch(size_t num_bytes) {
-  struct Free {
-    void operator()(char* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<char, Free> memory;
+  thread_local Owned<char> memory;
   thread_local size_t size = 0;
   // What an unusually wide window took is given back by the next usual call.
   constexpr size_t kKept = size_t{32} << 20;
   if (size < num_bytes || (size > kKept && num_bytes < size / 2)) {
     memory.reset();
     size = 0;
-    const size_t wanted = static_cast<size_t>(round_up(static_cast<int64_t>(num_bytes), 4096));
-    memory.reset(static_cast<char*>(std::aligned_alloc(4096, wanted)));
-    if (memory == nullptr) throw std::bad_alloc();
-    size = wanted;
+    memory.reset(static_cast<char*>(new_memory(static_cast<int64_t>(num_bytes))));
+    size = num_bytes;
   }
   return memory.get();
 }

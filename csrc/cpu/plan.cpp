@@ -1,8 +1,4 @@
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 
 #include "plan_storage.h"
 
@@ -29,10 +25,11 @@ PlanStorage::PlanStorage(const AttentionParams& params, const AttentionBackwardP
   // Twice the window, so that chunks two apart share no key.
   const int64_t reach = std::max<int64_t>(kChunk, 2 * int64_t{plan_.window});
   plan_.longest_chunk = static_cast<int32_t>(round_up(reach, kQueryTile));
-  order_global_rows();
   for (int32_t b = 0; b < params.B; ++b) {
     for (int32_t h = 0; h < params.H; ++h) cut(b, h);
   }
+  add_global_rows();
+  put_long_tasks_first();
   if (backward != nullptr) {
     edges_ = new_floats(int64_t{num_edges_} * 4 * plan_.window * plan_.padded_head_size);
     partials_ = new_floats(int64_t{num_partials_} * 2 * plan_.most_slots * plan_.padded_head_size);
@@ -41,18 +38,8 @@ PlanStorage::PlanStorage(const AttentionParams& params, const AttentionBackwardP
   }
 }
 
-// Fresh large memory is mapped page by page when first touched; large pages make that cheap.
 PlanStorage::Floats PlanStorage::new_floats(int64_t count) {
-  constexpr size_t kLargePage = size_t{1} << 21;
-  const size_t num_bytes = static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(float);
-  const bool large = num_bytes >= 2 * kLargePage;
-  const size_t alignment = large ? kLargePage : 64;
-  void* memory = std::aligned_alloc(alignment, round_up(num_bytes, alignment));
-  if (memory == nullptr) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  if (large) madvise(memory, num_bytes, MADV_HUGEPAGE);  // a wish: nothing depends on it
-#endif
-  return Floats(static_cast<float*>(memory));
+  return Floats(static_cast<float*>(new_memory(count * int64_t{sizeof(float)})));
 }
 
 void PlanStorage::mark_tokens() {
@@ -102,8 +89,7 @@ void PlanStorage::find_documents() {
   plan_.document_end_BM = document_end_BM_.data();
 }
 
-void PlanStorage::order_global_rows() {
-  // First, since these are the longest tasks.
+void PlanStorage::add_global_rows() {
   const AttentionParams& p = *plan_.params;
   if (p.G == 0) return;
   for (int32_t b = 0; b < p.B; ++b) {
@@ -115,6 +101,19 @@ void PlanStorage::order_global_rows() {
       add(task);
     }
   }
+}
+
+// Threads take tasks in order, so they end together when the short ones come last. Tasks of one
+// kind hardly differ: that kind comes first of which one task has more pairs of query and key.
+void PlanStorage::put_long_tasks_first() {
+  const AttentionParams& p = *plan_.params;
+  const int64_t row_pairs = round_up(plan_.most_slots, kSixteen) * p.M;
+  const int64_t reach = (p.causal ? 1 : 2) * int64_t{plan_.window} + kQueryTile;
+  const int64_t window_pairs =
+      std::min<int64_t>(plan_.longest_chunk, p.N) * std::min<int64_t>(reach, p.M);
+  const Work first = row_pairs > window_pairs ? Work::kGlobalRows : Work::kWindow;
+  std::stable_partition(phases_[0].begin(), phases_[0].end(),
+                        [first](const Task& task) { return task.work == first; });
 }
 
 void PlanStorage::cut(int32_t b, int32_t h) {

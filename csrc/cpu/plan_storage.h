@@ -1,10 +1,9 @@
 // Owns the memory behind a Plan. For baseline code only: see plan.h.
 #pragma once
 
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
+#include "../memory.h"
 #include "plan.h"
 
 namespace longpretrain::cpu {
@@ -26,12 +25,10 @@ class PlanStorage {
   void cut(int32_t b, int32_t h);
   void cut_class(const Task& whole, int64_t num_queries, int64_t first_query);
   void add(const Task& task);
-  void order_global_rows();
+  void add_global_rows();
+  void put_long_tasks_first();
 
-  struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-  };
-  using Floats = std::unique_ptr<float, Free>;
+  using Floats = Owned<float>;
   static Floats new_floats(int64_t count);
 
   Plan plan_{};
