@@ -1,11 +1,11 @@
-"""Shared by all tests: no network, fixed threads, small corpora and models to train, and how hard
-property tests search.
+"""Shared by all tests: no network, fixed threads, the compiled library, small corpora and models to
+train, and how hard property tests search.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -53,6 +53,35 @@ def _search_thoroughly(item: pytest.Item) -> None:
         function._hypothesis_internal_use_settings = settings(
             own, max_examples=THOROUGH * own.max_examples, derandomize=False, print_blob=True
         )
+
+
+@pytest.fixture(scope="session")
+def library() -> None:
+    """For tests of the compiled kernels; without them each says why it is left out."""
+    from longpretrain.attention import why_not
+
+    if reason := why_not("fused"):
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=["portable", "fused"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each attention backend that is an operator to PyTorch; the reference is plain PyTorch."""
+    from longpretrain.attention import why_not
+
+    if reason := why_not(request.param):
+        pytest.skip(reason)
+    return str(request.param)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, taken back at the end."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

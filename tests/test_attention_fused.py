@@ -1,5 +1,6 @@
 """The public operator: what it refuses, which backend it picks, and how it lives with the rest of
-PyTorch. How the compiled library is loaded and guarded: test_attention_seam.py.
+PyTorch. How the compiled library is loaded: test_attention_library.py; what guards it:
+test_attention_seam.py; derivatives: test_attention_gradient.py.
 """
 
 from __future__ import annotations
@@ -30,14 +31,6 @@ CASES = {
     ),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-
-
-@pytest.fixture(params=["portable", "fused"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that is an operator to PyTorch; the reference is plain PyTorch."""
-    if reason := why_not(request.param):
-        pytest.skip(reason)
-    return str(request.param)
 
 
 def suited(case: Case, backend: str) -> Case:
@@ -137,12 +130,21 @@ BAD = {
     "p_negative": ({"dropout_p": -0.1}, r"dropout_p: got -0.1"),
     "p_nan": ({"dropout_p": float("nan")}, r"dropout_p: got nan"),
     "p_text": ({"dropout_p": "much"}, r"dropout_p: got 'much'"),
+    "p_huge": ({"dropout_p": 10**5000}, r"dropout_p: got an integer of 16610 bits"),
+    "p_tensor": ({"dropout_p": torch.tensor(0.1)}, r"dropout_p: got a tensor"),
     "p_none": ({"dropout_p": None}, r"dropout_p: got None"),
-    "scale_nan": ({"scale": float("nan")}, r"scale: got nan; wanted a finite number"),
+    "scale_nan": ({"scale": float("nan")}, r"scale: got nan; wanted a number"),
+    "scale_beyond_float32": ({"scale": 1e39}, r"scale: got 1e\+39; .* from -3.4e\+38 to 3.4e\+38"),
+    "scale_huge": ({"scale": 10**400}, r"scale: got an integer of 1329 bits; wanted a number"),
+    "scale_parameter": (
+        {"scale": torch.nn.Parameter(torch.ones(()))},
+        r"scale: got a tensor \(Parameter\); wanted a number .* Multiply the queries",
+    ),
     "scale_text": ({"scale": "1"}, r"scale: got '1'"),
     "no_seed": ({"dropout_seed_B": None}, r"dropout_seed_B: got none with dropout_p=0.1"),
     "seed_dtype": ({"dropout_seed_B": torch.zeros(2)}, r"dropout_seed_B: got float32"),
     "backend": ({"backend": "quick"}, r"backend: got 'quick'; wanted auto or fused"),
+    "backend_list": ({"backend": ["fused"]}, r"backend: got \['fused'\]; wanted auto or fused"),
 }
 
 
@@ -156,6 +158,20 @@ def test_too_many_heads_for_the_counter() -> None:
     x = torch.zeros(1, 1, 1 << 16, 1)
     with pytest.raises(ValueError, match="heads: got 65536"):
         sliding_attention(x, x, x, AttentionPattern(1))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("backend", fused.BACKENDS)
+def test_too_many_keys(backend: str, device: str) -> None:
+    """All one number in memory."""
+    x = torch.zeros(1, 1, 1, 1, device=device).expand(1, 2**29 + 1, 1, 1)
+    with pytest.raises(ValueError, match=r"keys: got 536870913; wanted at most 2\*\*29"):
+        sliding_attention(x[:, :1], x, x, AttentionPattern(1), backend=backend)
+
+
+def test_float64_takes_any_scale_of_its_own() -> None:
+    x = torch.zeros(1, 3, 1, 2, dtype=torch.float64)
+    assert (sliding_attention(x, x, x, AttentionPattern(1), scale=1e39) == 0).all()
 
 
 def test_why_not_knows_the_backends() -> None:
@@ -347,20 +363,6 @@ def test_a_batch_of_no_rows(backend: str) -> None:
     assert (out.shape, lse.shape) == ((0, 10, 3, 4), (0, 10, 3))
     out.sum().backward()
     assert arguments["k_BNHD"].grad.shape == (0, 12, 3, 4)
-
-
-def test_forward_mode_is_refused_where_its_tangent_would_be_zero(backend: str) -> None:
-    x_BNHD = torch.randn(1, 6, 1, 2, generator=torch.Generator().manual_seed(0))
-
-    def tangent(backend: str) -> Tensor:
-        def attend(q_BNHD: Tensor) -> Tensor:
-            return sliding_attention(q_BNHD, x_BNHD, x_BNHD, AttentionPattern(2), backend=backend)
-
-        return torch.func.jvp(attend, (x_BNHD,), (x_BNHD,))[1]
-
-    with pytest.raises(ValueError, match=r"inputs: got tensors with a forward-mode tangent"):
-        tangent(backend)
-    assert tangent("reference").abs().max() > 0
 
 
 def test_shapes_without_numbers(backend: str) -> None:

@@ -61,6 +61,14 @@ def test_the_report_fails_on_wrong_numbers(
     assert "  FAILED portable float32  window: " in capsys.readouterr().out
 
 
+def test_another_instruction_set_than_asked_for_is_no_report() -> None:
+    if reason := why_not("fused"):
+        pytest.skip(reason)
+    done = run_python("-m", "longpretrain.attention", LONGPRETRAIN_CPU_LEVEL="avx51")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "LONGPRETRAIN_CPU_LEVEL: got avx51; wanted plain" in done.stderr.splitlines()[-1]
+
+
 def test_the_report_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         __main__.main(["--help"])

@@ -108,6 +108,21 @@ def test_the_measure_of_equality_sees_small_gradients() -> None:
         assert_equal_to(right | {"dq": torch.zeros(3)}, right, 1e-5)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_the_measure_of_equality_sees_what_is_no_number(value: float) -> None:
+    sound = {"out": torch.zeros(3), "lse": torch.tensor([0.0, math.inf])}
+    spoilt = sound | {"out": torch.tensor([0.0, value, 0.0])}
+    assert_equal_to(sound, sound, 1e-5)
+    for found, right in ((spoilt, sound), (sound, spoilt)):
+        with pytest.raises(AssertionError, match="out: not finite"):
+            assert_equal_to(found, right, 1e-5)
+    if math.isnan(value):
+        with pytest.raises(AssertionError, match="out: not finite"):
+            assert_equal_to(spoilt, spoilt, 1e-5)
+    with pytest.raises(AssertionError, match="lse: not finite"):
+        assert_equal_to(sound | {"lse": torch.tensor([0.0, -math.inf])}, sound, 1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("tokens", [1, 77, 301])
 def test_error_in_low_precision(tokens: int, dtype: torch.dtype) -> None:

@@ -1,121 +1,37 @@
-"""The seam between PyTorch and the compiled kernels: loading, dispatch, guards, and how the fused
-backend lives with autograd, torch.compile, checkpoints, threads and forks.
+"""The seam between PyTorch and the compiled kernels: dispatch, guards, and how the fused backend
+lives with layouts, torch.compile, threads and forks. Loading: test_attention_library.py.
 
 Letters: B batch row, N query, M key, H head, D number of a head, G slot of a global token.
 """
 
 from __future__ import annotations
 
-import _ctypes
 import logging
-import shutil
+import sysconfig
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import test_attention_fused as operator_tests
 import torch
-from attention_cases import Case, assert_equal_to, make_case
+from attention_cases import Case, assert_equal_to, make_case, output_gradient
 from test_attention_fused import assert_same_bits, operands
-from test_attention_main import run_python
 from torch import Tensor
+from torch._inductor import config as inductor_config
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, Dataset
 
-from longpretrain.attention import AttentionPattern, fused, sliding_attention, why_not
+from longpretrain.attention import AttentionPattern, fused, sliding_attention
 from longpretrain.model.encoder import Layer, ModelConfig
 
 F32 = torch.float32
 CASES = {name: case.to(F32) for name, case in operator_tests.CASES.items()}
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-
-
-@pytest.fixture
-def library() -> None:
-    """For tests of the compiled kernels; without them each says why it is left out."""
-    if reason := why_not("fused"):
-        pytest.skip(reason)
-
-
 needs_library = pytest.mark.usefixtures("library")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-# The library
-
-
-def test_the_library_is_built_wherever_there_is_a_compiler() -> None:
-    """All other tests of the kernels skip without it: this one tells."""
-    if shutil.which("g++") is None:
-        pytest.skip("this machine has no g++")
-    assert why_not("fused") is None
-
-
-WITHOUT_LIBRARY = """
-import logging, torch
-logging.basicConfig(level=logging.INFO, format="%(message)s")
-from longpretrain.attention import AttentionPattern, sliding_attention, why_not
-assert not hasattr(torch.ops.longpretrain, "sliding_attention_fused"), "loaded by an import"
-print(why_not("fused"))
-x = torch.ones(1, 5, 1, 2)
-print(sliding_attention(x, x, x, AttentionPattern(1)).sum().item())
-"""
-
-
-def test_a_library_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    path = tmp_path / "kernels.so"
-    monkeypatch.setenv("LONGPRETRAIN_LIBRARY", str(path))
-    load = fused._load_once.__wrapped__
-    assert load() == f"the compiled library is missing: there is no file {path}"
-    path.write_bytes(b"no machine code")
-    assert load().startswith(f"the compiled library cannot be loaded: {path}: ")
-
-
-def test_a_library_that_is_another(tmp_path: Path) -> None:
-    """In a process of its own, as a library stays loaded."""
-    done = run_python("-c", WITHOUT_LIBRARY, LONGPRETRAIN_LIBRARY=_ctypes.__file__)
-    assert done.returncode == 0, done.stderr
-    reason, value = done.stdout.splitlines()
-    assert reason.startswith(f"{_ctypes.__file__} is no compiled library of this version")
-    assert value == "10.0"
-    assert f"attention runs on the portable backend: {reason}" in done.stderr.splitlines()
-
-
-def test_a_missing_library_names_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LONGPRETRAIN_LIBRARY", raising=False)
-    monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: None)
-    load, found = fused._load_once.__wrapped__, "/usr/bin/g++"
-    monkeypatch.setattr(fused.shutil, "which", lambda name: found)
-    assert load().startswith("the compiled library is not built: run pip install .")
-    found = None
-    assert load().startswith("the compiled library is not built: install a C++ compiler")
-
-
-MANY_FIRST_CALLS = """
-import threading, torch
-from longpretrain.attention import AttentionPattern, sliding_attention
-assert not hasattr(torch.ops.longpretrain, "sliding_attention_fused"), "loaded by an import"
-x, sums = torch.ones(1, 5, 1, 2), []
-def call():
-    sums.append(sliding_attention(x, x, x, AttentionPattern(1), backend="fused").sum().item())
-threads = [threading.Thread(target=call) for _ in range(4)]
-[thread.start() for thread in threads], [thread.join() for thread in threads]
-print(sums)
-"""
-
-
-@needs_library
-def test_first_calls_at_the_same_time_load_it_once() -> None:
-    done = run_python("-c", MANY_FIRST_CALLS)
-    assert (done.returncode, done.stdout) == (0, "[10.0, 10.0, 10.0, 10.0]\n"), done.stderr
 
 
 # Which backend
@@ -317,24 +233,27 @@ def test_an_encoder_layer_is_exported() -> None:
 
 
 @needs_library
-@each_case
-def test_torch_func_grad_is_the_gradient(case: Case) -> None:
-    def loss(q_BNHD: Tensor) -> Tensor:
-        return case.forward("fused", q_BNHD=q_BNHD)[0].square().sum()
-
-    q_BNHD = case.floats["q_BNHD"]
-    (right,) = torch.autograd.grad(loss(q_BNHD), q_BNHD)
-    assert torch.equal(torch.func.grad(loss)(q_BNHD.detach()), right)
-
-
-@needs_library
-def test_second_derivatives_are_refused() -> None:
-    case = CASES["everything"]
-    q_BNHD = case.floats["q_BNHD"]
-    loss = case.forward("fused")[0].square().sum()
-    (gradient,) = torch.autograd.grad(loss, q_BNHD, create_graph=True)
-    with pytest.raises(ValueError, match="derivative: got the second one"):
-        torch.autograd.grad(gradient.sum(), q_BNHD)
+def test_an_encoder_layer_is_right_in_generated_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What surrounds the operator is fused and compiled by C++; sums are in another order there."""
+    try:
+        cpp_builder.get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        pytest.skip(f"torch.compile finds no C++ compiler: {error}")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        pytest.skip("torch.compile needs Python's headers")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    layer, inputs, found = encoder_layer(), layer_inputs(40), []
+    wanted = {"x": inputs[0], **dict(layer.named_parameters())}
+    with inductor_config.patch(compile_threads=1):  # its workers would outlive the test
+        for run in (torch.compile(layer, backend="inductor", fullgraph=True), layer):
+            out = run(*inputs)
+            gradients = torch.autograd.grad(out, list(wanted.values()), output_gradient(out))
+            of = {f"d{name}": x for name, x in zip(wanted, gradients, strict=True)}
+            found.append({"out": out.detach()} | of)
+    assert_equal_to(*found, 1e-5)
 
 
 # Threads and processes
@@ -342,17 +261,17 @@ def test_second_derivatives_are_refused() -> None:
 
 @needs_library
 @each_case
-def test_threads_change_no_bit(case: Case, threads: None) -> None:
+def test_threads_change_no_bit(case: Case, threads: Callable[[int], None]) -> None:
     found = []
     for number in (1, 2):
-        torch.set_num_threads(number)
+        threads(number)
         found.append(case.run("fused"))
     assert_same_bits(*found)
 
 
 @needs_library
-def test_calls_from_several_python_threads(threads: None) -> None:
-    torch.set_num_threads(2)
+def test_calls_from_several_python_threads(threads: Callable[[int], None]) -> None:
+    threads(2)
     cases = list(CASES.values())
     right = [case.run("fused") for case in cases]
     failures: list[BaseException] = []
@@ -382,9 +301,9 @@ class Outputs(Dataset[Tensor]):
 
 
 @needs_library
-def test_a_forked_data_worker_computes(threads: None) -> None:
+def test_a_forked_data_worker_computes(threads: Callable[[int], None]) -> None:
     """Threads do not survive a fork; a worker runs on one, as torch tells it."""
-    torch.set_num_threads(2)
+    threads(2)
     right = Outputs()[0]
     loader = DataLoader(
         Outputs(), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60

@@ -43,11 +43,14 @@ SOURCES = {
 #if TORCH_TARGET_VERSION != 0x020d000000000000ULL
 #error "another torch"
 #endif
+int memory();
 int plan();
 int levels();
-extern "C" __attribute__((visibility("default"))) int built() { return plan() + levels(); }
+int all() { return memory() + plan() + levels(); }
+extern "C" __attribute__((visibility("default"))) int built() { return all(); }
 extern "C" __attribute__((visibility("default"))) const char* file() { return __FILE__; }
 """,
+    "memory.cpp": "int memory() { return 1000; }\n",
     "cpu/plan.cpp": "int plan() { return 100; }\n",
     "cpu/operator.cpp": """
 #if __has_include(<torch/csrc/stable/library.h>)
@@ -90,7 +93,8 @@ def place(tmp_path: Path) -> Path:
 
 def build(place: Path, kind: str = "wheel", **variables: str) -> tuple[int, str]:
     """Exit code and output of a build; the wheel is left in ``place/dist``."""
-    unset = ("CXX", "CXXFLAGS", "CUDACXX", "LONGPRETRAIN_COMPILE", "LONGPRETRAIN_CUDA")
+    unset = ("CXX", "CXXFLAGS", "CUDACXX", "CMAKE_PREFIX_PATH", "CMAKE_PROGRAM_PATH", "CMAKE_ARGS")
+    unset += ("LONGPRETRAIN_COMPILE", "LONGPRETRAIN_CUDA")
     code = f"from scikit_build_core.build import build_{kind} as build; build('dist')"
     finished = subprocess.run(
         [sys.executable, "-c", code],
@@ -154,7 +158,7 @@ def test_wheel(place: Path) -> None:
     levels = 1
     if "CPU kernels: plain;avx2;avx512" in output:
         levels += 2 + 4 + 8 * ("avx512_bf16" in output.split("CPU kernels:")[1].splitlines()[0])
-    assert library.built() == 100 + 2 * levels
+    assert library.built() == 1100 + 2 * levels
     library.file.restype = ctypes.c_char_p
     assert library.file() == b"csrc/bindings.cpp"
 
@@ -172,15 +176,24 @@ def test_editable_install(place: Path) -> None:
     assert not (place / LIBRARY).exists()
 
 
+def without_compiler(folder: Path) -> str:
+    """A PATH of the build's own tools alone, wherever they and the compilers lie."""
+    folder.mkdir()
+    for name in ("cmake", "ninja"):
+        if found := shutil.which(name):
+            (folder / name).symlink_to(found)
+    return str(folder)
+
+
 @pytest.mark.parametrize(
-    ("variables", "why"),
-    [
-        ({"PATH": str(Path(sys.executable).parent)}, "there is no C++ compiler"),
-        ({"LONGPRETRAIN_COMPILE": "0"}, "LONGPRETRAIN_COMPILE=0"),
-    ],
+    ("why", "has_compiler"),
+    [("there is no C++ compiler", False), ("LONGPRETRAIN_COMPILE=0", True)],
     ids=["no compiler", "not wanted"],
 )
-def test_without_the_library(place: Path, variables: dict[str, str], why: str) -> None:
+def test_without_the_library(place: Path, tmp_path: Path, why: str, has_compiler: bool) -> None:
+    variables = {"LONGPRETRAIN_COMPILE": "0"}
+    if not has_compiler:
+        variables = {"PATH": without_compiler(tmp_path / "tools")}
     (place / LIBRARY).write_text("of an earlier editable install")
     status, output = build(place, **variables)
     assert status == 0, output
@@ -220,8 +233,10 @@ def test_only_the_bindings_know_torch() -> None:
     """Everything else can be compiled and tested without it, for the sanitizers as well."""
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu")]
     assert sources
-    including = [path.name for path in sources if "include <torch" in path.read_text()]
-    assert including in ([], ["bindings.cpp"])
+    including = {path.name for path in sources if "include <torch" in path.read_text()}
+    assert including <= {"bindings.cpp", "devices.h"}
+    users = [path.name for path in sources if '"devices.h"' in path.read_text()]
+    assert users in ([], ["bindings.cpp"])
 
 
 def test_levels_share_no_function() -> None:

@@ -169,7 +169,7 @@ def test_16_bits_are_rounded_at_the_end(backend: str, dtype: torch.dtype, case: 
     """The output is that of float32, rounded once. Gradients lose one rounding of their own and,
     through the scores, the one of the output that was kept for them. (Without own projections
     autograd adds two rounded gradients. The fused backend multiplies bfloat16 as it is, where the
-    processor can: see test_attention_kernels.py.)
+    processor can: see test_attention_levels.py.)
     """
     low = case.to(dtype)
     direction = output_gradient(low.floats["q_BNHD"])

@@ -6,6 +6,7 @@
 * ``reference``: the definition of right, dense and slow, for reading and for tests.
 * ``portable``: blocked PyTorch for any device, memory linear in the number of tokens.
 * ``fused``: the public operator: picks a backend, and owns the compiled kernels (``csrc/``).
+* ``gradient``: how autograd and torch.func differentiate the portable and the compiled operators.
 * ``checks``: what a user may pass.
 * ``philox``: the random bits of dropout, the same on every backend.
 

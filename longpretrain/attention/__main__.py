@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor
 import longpretrain
 from longpretrain.attention.fused import BACKENDS, kernel_facts, sliding_attention, why_not
 from longpretrain.attention.pattern import AttentionPattern
+from longpretrain.errors import InputError
 
 # Of a tensor's scale. float32: docs/numerics.md. bfloat16 keeps 8 bits, so that rounding alone is
 # 0.004: five roundings, enough to tell a wrong kernel; the tests hold a narrower limit.
@@ -50,15 +50,23 @@ class Case:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Prints the report. Returns 0, or 1 when a backend that runs here computes wrong numbers."""
+    """Prints the report. Returns 0, or 1 when a backend that runs here computes wrong numbers.
+
+    Ends the program with code 2 when LONGPRETRAIN_CPU_LEVEL cannot be had.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m longpretrain.attention",
         description="Shows which attention backends run on this machine and why others do not, "
-        "and holds those that do against the reference. Exit code 1: one computes wrong numbers.",
+        "and holds those that do against the reference. Exit code 1: one computes wrong numbers; "
+        "2: bad usage.",
         epilog="LONGPRETRAIN_CPU_LEVEL=plain, avx2, avx512 or avx512_bf16 lowers the instruction "
         "set; OMP_NUM_THREADS sets the threads.",
     )
     parser.parse_args(words)
+    try:
+        kernel_facts()
+    except InputError as error:  # another instruction set than asked for
+        parser.error(str(error))
     for line in _machine():
         print(line)
     print("held against the reference, of scale:", flush=True)
@@ -83,9 +91,6 @@ def _machine() -> Iterator[str]:
         f"instruction sets: {facts['used']} in use; compiled {facts['built']}; "
         f"this machine runs {facts['machine']}"
     )
-    wanted = os.environ.get("LONGPRETRAIN_CPU_LEVEL", facts["used"])
-    if wanted != facts["used"]:
-        yield f"LONGPRETRAIN_CPU_LEVEL is {wanted}, which is not to be had here"
 
 
 def _check(backend: str) -> bool:

@@ -20,6 +20,7 @@ from longpretrain.errors import InputError
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WHOLE = (torch.int32, torch.int64)
 FLOATS = ("q", "k", "v", "q_global", "k_global", "v_global")
+MOST_KEYS = 1 << 29  # kLargestSequence of csrc/attention.h
 MASKS = ("padding_BN", "document_BN", "global_index_BG", "dropout_seed_B")
 
 
@@ -73,6 +74,9 @@ def check_call(
         )
     batch, num_rows, num_heads, head_size = q.shape
     num_keys = k.shape[1]
+    # Compiled code asks at run time, in C++: here the bound would become one of its graph.
+    if not torch.compiler.is_compiling() and num_keys > MOST_KEYS:
+        raise InputError("keys", got=num_keys, wanted="at most 2**29", way_out="Cut the text.")
     _check_tensor("q", q, q.shape, DTYPES, q.device)
     for name, x in (("k", k), ("v", v), ("k_global", k_global), ("v_global", v_global)):
         _check_tensor(name, x, (batch, num_keys, num_heads, head_size), (q.dtype,), q.device)
@@ -97,7 +101,7 @@ def check_call(
             _check_index(global_index_BG, num_keys)
     if document_BN is not None and _is_readable(document_BN):
         _check_documents(document_BN)
-    return _check_dropout(dropout_p, dropout_seed_B), _check_scale(scale, head_size)
+    return _check_dropout(dropout_p, dropout_seed_B), _check_scale(scale, head_size, q.dtype)
 
 
 def refuse_forward_mode(*tensors: Tensor | None) -> None:
@@ -181,8 +185,8 @@ def _check_dropout(dropout_p: float, dropout_seed_B: Tensor | None) -> int:
     if drop_below == 256:
         raise InputError(
             "dropout_p",
-            got=repr(dropout_p),
-            wanted="at least 0 and at most 255/256 when rounded to 256ths",
+            got=_shown(dropout_p),
+            wanted="a number from 0 to 255/256, when rounded to 256ths",
             way_out="Usual values are 0 to 0.2.",
         )
     if drop_below and dropout_seed_B is None:
@@ -195,28 +199,41 @@ def _check_dropout(dropout_p: float, dropout_seed_B: Tensor | None) -> int:
     return drop_below
 
 
-def _check_scale(scale: float | None, head_size: int) -> float:
+def _check_scale(scale: float | None, head_size: int, dtype: torch.dtype) -> float:
     if scale is None:
         return float(head_size**-0.5)
     number = _as_number(scale)
-    if not math.isfinite(number):
+    most = torch.finfo(torch.promote_types(dtype, torch.float32)).max
+    if not abs(number) <= most:
         raise InputError(
             "scale",
-            got=repr(scale),
-            wanted="a finite number, or None",
-            way_out="None is the head size to the power of -0.5.",
+            got=_shown(scale),
+            wanted=f"a number from {-most:.3g} to {most:.3g}, or None",
+            way_out="Multiply the queries by a factor that wants a gradient; "
+            "None is the head size to the power of -0.5.",
         )
     return number
 
 
 def _as_number(x: object) -> float:
-    """NaN when it is no number."""
-    if isinstance(x, str | bytes):
+    """NaN when it is no number. A tensor is none: it may want a gradient, or wait on a device."""
+    if isinstance(x, str | bytes | Tensor):
         return math.nan
     try:
         return float(x)  # type: ignore[arg-type]
+    except OverflowError:
+        return math.inf
     except (TypeError, ValueError, RuntimeError):
         return math.nan
+
+
+def _shown(x: object) -> str:
+    """In one short line, also an integer that Python refuses to write out."""
+    if isinstance(x, Tensor):
+        return f"a tensor ({type(x).__name__})"
+    if isinstance(x, int) and x.bit_length() > 64:
+        return f"an integer of {x.bit_length()} bits"
+    return repr(x)
 
 
 def _is_readable(x: Tensor) -> bool:

@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from longpretrain.attention.checks import check_call, check_kinds, refuse_forward_mode
+from longpretrain.attention.gradient import differentiable, differentiate, keep_for_backward
 from longpretrain.attention.pattern import AttentionPattern
-from longpretrain.attention.portable import portable_attention
+from longpretrain.attention.portable import portable_attention, portable_attention_backward
 from longpretrain.attention.reference import reference_attention
 from longpretrain.errors import InputError
 
@@ -48,13 +49,19 @@ def why_not(backend: str) -> str | None:
     """Why a backend cannot run on this machine, as a sentence; None when it can.
 
     Raises:
-        InputError: for a name that is no backend.
+        InputError: for a name that is no backend; for auto and fused also for an instruction set
+            LONGPRETRAIN_CPU_LEVEL that the library lacks or this processor does not run.
     """
-    if backend not in BACKENDS:
+    _check_name(backend)
+    reason = _why_no_library() if backend in {"auto", "fused"} else None
+    return reason if backend == "fused" else None
+
+
+def _check_name(backend: str) -> None:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise InputError(
             "backend", got=repr(backend), wanted=" or ".join(BACKENDS), way_out="Leave it at auto."
         )
-    return _why_no_library() if backend == "fused" else None
 
 
 @functools.cache
@@ -63,9 +70,14 @@ def kernel_facts() -> Mapping[str, str]:
 
     Its keys: compiler, torch (whose headers it was built with), largest head size, and instruction
     sets: built, machine (those that the processor runs), used.
+
+    Raises:
+        InputError: as ``why_not``.
     """
-    if _why_no_library() is not None:
-        return {}
+    return _facts() if _why_no_library() is None else {}
+
+
+def _facts() -> Mapping[str, str]:
     lines = torch.ops.longpretrain.kernel_facts().splitlines()
     return {name: value for name, _, value in (line.partition(": ") for line in lines)}
 
@@ -146,9 +158,11 @@ def sliding_attention(
 
     Args:
         q_BNHD: queries. Row i sits at position ``q_offset + i`` of the keys. A batch of no rows
-            gives an empty output.
-        k_BNHD: keys, possibly of more tokens than q. q, k, v and the global projections share one
-            device and one dtype: float64, float32, bfloat16 or float16. Autocast casts them.
+            gives an empty output and empty gradients.
+        k_BNHD: keys, possibly of more tokens than q, 2**29 at most. q, k, v and the global
+            projections share one device and one dtype: float64, float32, bfloat16 or float16.
+            Autocast casts them. Any strides will do; where those of the last dimension are not 1,
+            the fused backend works on a copy.
         v_BNHD: values, shaped like k.
         pattern: window, dilation of each head, causal or not.
         padding_BN: bool, True at padding; as long as k.
@@ -161,7 +175,7 @@ def sliding_attention(
             padding carry on the last number); as long as k.
         dropout_p: share of attention weights dropped, in [0, 1): rounded to a multiple of 1/256.
         dropout_seed_B: int64, one seed for each batch row; needed when dropout_p > 0.
-        scale: of the scores; default D ** -0.5.
+        scale: of the scores, a number (no tensor: it has no gradient); default D ** -0.5.
         q_offset: position of the first query among the keys.
         return_lse: return the log-sum-exp too.
         backend: auto, fused, portable or reference (dense, for tests).
@@ -174,8 +188,7 @@ def sliding_attention(
     Raises:
         InputError: (a ``ValueError``) for anything that does not fit. The values of
             ``global_index_BG`` and ``document_BN`` are looked at on the CPU only. Also for
-            forward-mode derivatives, which the reference backend alone has, and for second
-            derivatives on the fused backend.
+            forward-mode and second derivatives, which the reference backend alone has.
     """
     floats: Floats = (q_BNHD, k_BNHD, v_BNHD, q_global_BGHD, k_global_BNHD, v_global_BNHD)
     masks = (padding_BN, document_BN, global_index_BG, dropout_seed_B)
@@ -207,11 +220,11 @@ def sliding_attention(
             )  # fmt: skip
     else:
         refuse_forward_mode(q, k, v, q_global, k_global, v_global)
-        operator: Callable[..., tuple[Tensor, Tensor]] = portable_attention
+        attend = _portable
         if backend == "fused":
-            operator = _fused_attention
+            attend = _fused
             document_BN, global_index_BG = _as_int64(document_BN), _as_int64(global_index_BG)
-        out_BNHD, lse_BNH = operator(
+        out_BNHD, lse_BNH = attend(
             q, k, v, q_global, k_global, v_global, padding_BN, document_BN, global_index_BG,
             dropout_seed_B, pattern.one_sided_window, list(pattern.dilation_of_heads(q.shape[2])),
             pattern.causal, drop_below, scale, q_offset,
@@ -221,9 +234,10 @@ def sliding_attention(
 
 def _choose(backend: str, q_BNHD: Tensor) -> str:
     """The backend that runs."""
+    _check_name(backend)
     if backend in {"portable", "reference"}:
         return backend
-    reason = why_not("fused" if backend == "auto" else backend) or _beyond_the_kernels(q_BNHD)
+    reason = why_not("fused") or _beyond_the_kernels(q_BNHD)
     if reason is None:
         return "fused"
     if backend == "auto":
@@ -302,7 +316,7 @@ def _load_once() -> str | None:
     found = None if named else importlib.util.find_spec("longpretrain.attention._kernels")
     path = named or (found.origin if found else None)
     if path is None:
-        way_out = "run pip install . once more in the checkout of longpretrain"
+        way_out = _way_to_build()
         if not any(map(shutil.which, ("c++", "g++", "clang++"))):
             way_out = f"install a C++ compiler (Debian: apt-get install g++), then {way_out}"
         return f"the compiled library is not built: {way_out}"
@@ -313,11 +327,38 @@ def _load_once() -> str | None:
     except OSError as error:
         return f"the compiled library cannot be loaded: {error.__cause__ or error}"
     if not all(_signature(fused) == _signature(portable) for fused, portable in _TWINS.items()):
-        return f"{path} is no compiled library of this version: run pip install . once more"
+        way_out = "unset LONGPRETRAIN_LIBRARY" if named else _way_to_build()
+        return f"{path} is no compiled library of this version: {way_out}"
+    _check_level()
     torch.library.register_fake(_FORWARD, _forward_shapes)
     torch.library.register_fake(_BACKWARD, _backward_shapes)
-    torch.library.register_autograd(_FORWARD, _backward, setup_context=_keep_for_backward)
+    torch.library.register_autograd(_FORWARD, _backward, setup_context=keep_for_backward)
     return None
+
+
+def _way_to_build() -> str:
+    """In words. A checkout that Python imports from is no place that ``pip install .`` fills."""
+    checkout = Path(__file__).resolve().parents[2]
+    if (checkout / "csrc").is_dir() and (checkout / "pyproject.toml").is_file():
+        return (
+            f"run pip install -e . (or make setup) in {checkout}, from which Python imports "
+            "longpretrain here, or after pip install . start Python in another folder"
+        )
+    return "run pip install . once more in a checkout of longpretrain"
+
+
+def _check_level() -> None:
+    """A level that was asked for is the one in use, never quietly another."""
+    wanted, facts = os.environ.get("LONGPRETRAIN_CPU_LEVEL"), _facts()
+    if wanted and wanted != facts["used"]:
+        runs_here = facts["machine"].split(", ")
+        levels = [level for level in facts["built"].split(", ") if level in runs_here]
+        raise InputError(
+            "environment variable LONGPRETRAIN_CPU_LEVEL",
+            got=wanted,
+            wanted=f"{' or '.join(levels)}, which the library has and this processor runs",
+            way_out="Unset it, which takes the last of these, and start anew: it is read once.",
+        )
 
 
 def _signature(name: str) -> str | None:
@@ -336,63 +377,21 @@ def _backward_shapes(
     return [x.new_empty(x.shape) for x in inputs[:6] if x is not None]
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    out_BNHD, lse_BNH = output
-    ctx.mark_non_differentiable(lse_BNH)
-    ctx.save_for_backward(out_BNHD, lse_BNH, *inputs[:10])
-    ctx.numbers = inputs[10:]
-
-
-def _fused_attention(*inputs: Any) -> tuple[Tensor, Tensor]:
-    operator: Callable[..., tuple[Tensor, Tensor]] = _operator()
-    needs_gradient = any(x is not None and x.requires_grad for x in inputs[:6])
-    if needs_gradient and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        operator = _WithGradient.apply
-    return operator(*inputs)
-
-
-def _operator() -> Any:
-    return torch.ops.longpretrain.sliding_attention_fused.default
-
-
 def _backward(ctx: Any, dout_BNHD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    # Gradients are enabled here when the caller wants to differentiate once more.
-    run = _Gradient.apply if torch.is_grad_enabled() else _Gradient.forward
-    gradients = run(dout_BNHD, *ctx.saved_tensors, *ctx.numbers)
-    missing = 16 - len(gradients)
-    return (*gradients, *[None] * missing)
+    return differentiate(_compiled_backward, ctx, dout_BNHD)
 
 
-class _WithGradient(torch.autograd.Function):
-    """The same gradient as register_autograd gives the operator, with less to do around it.
-
-    register_autograd looks at the whole signature for each argument: 65 us a call instead of 25.
-    """
-
-    @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return _operator()(*inputs)
-
-    setup_context = staticmethod(_keep_for_backward)
-    backward = staticmethod(_backward)
+# The operators come to be when the library is loaded.
+def _compiled(*inputs: Any) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = torch.ops.longpretrain.sliding_attention_fused.default(*inputs)
+    return found
 
 
-class _Gradient(torch.autograd.Function):
-    """The backward operator; refuses to be differentiated."""
+def _compiled_backward(*inputs: Any) -> list[Tensor]:
+    found: list[Tensor]
+    found = torch.ops.longpretrain.sliding_attention_fused_backward.default(*inputs)
+    return found
 
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return tuple(torch.ops.longpretrain.sliding_attention_fused_backward.default(*inputs))
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> None:
-        raise InputError(
-            "derivative",
-            got="the second one of attention on the fused backend",
-            wanted="the first one",
-            way_out="Use backend='reference'.",
-        )
+_fused = differentiable(_compiled, _compiled_backward)
+_portable = differentiable(portable_attention, portable_attention_backward)

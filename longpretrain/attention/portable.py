@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longpretrain.attention.blocks import HeadGroup, Problem
+from longpretrain.attention.gradient import differentiate, keep_for_backward
 from longpretrain.attention.softmax import (
     NO_KEYS,
     NOTHING,
@@ -372,17 +373,8 @@ def _backward_shapes(
     return _like(inputs[:6])
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    out_BNHD, lse_BNH = output
-    ctx.mark_non_differentiable(lse_BNH)
-    ctx.save_for_backward(out_BNHD, lse_BNH, *inputs[:10])
-    ctx.numbers = inputs[10:]
-
-
 def _backward(ctx: Any, dout_BNHD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = portable_attention_backward(dout_BNHD, *ctx.saved_tensors, *ctx.numbers)
-    missing = 16 - len(gradients)
-    return (*gradients, *[None] * missing)
+    return differentiate(portable_attention_backward, ctx, dout_BNHD)
 
 
-portable_attention.register_autograd(_backward, setup_context=_keep_for_backward)
+portable_attention.register_autograd(_backward, setup_context=keep_for_backward)

@@ -26,6 +26,7 @@ from small_run import make_small_run
 from exactness.plain_loop import plain_loop
 from exactness.runs import NO_DROPOUT, Chain, Leg, curve, run_chains
 from exactness.table import Row, equal, within
+from longpretrain.attention.fused import kernel_facts
 from longpretrain.recipe import load_recipe
 
 TABLES = Path(__file__).resolve().parents[1] / "golden" / "step_losses.json"
@@ -71,7 +72,16 @@ def machine() -> dict[str, str]:
         "libc": " ".join(platform.libc_ver()),
         # libm picks its exp and tanh by the first two, torch its bf16 products by the others
         "cpu": " ".join(sorted(flags & {"fma", "avx2", "avx512bw", "avx512_bf16", "amx_bf16"})),
+        "attention": _attention(),
     }
+
+
+def _attention() -> str:
+    """The backend that auto picks for the runs' dtypes and, of ours, what its bits depend on."""
+    facts = kernel_facts()
+    if not facts:
+        return "portable"
+    return f"fused, {facts['used']} kernels compiled by {facts['compiler']}"
 
 
 def golden_rows(work: Path, recipe: Path) -> list[Row]:
