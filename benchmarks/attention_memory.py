@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from attention_ours import Runnable, Shape, build_ours, our_inputs
 from attention_peers import PEERS
+from machine import MALLOC_SETTINGS
 
 LIMIT_GIB = 8.0
 METHOD = (
@@ -50,7 +51,8 @@ def measure_memory(
     order = json.dumps({"threads": threads, "backend": backend, "jobs": list(jobs)})
     # Nothing is timed there: idle threads need not spin.
     settings = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_WAIT_POLICY": "PASSIVE"}
-    environment = {**os.environ, **settings}
+    inherited = {name: x for name, x in os.environ.items() if name not in MALLOC_SETTINGS}
+    environment = {**inherited, **settings}
     command = [sys.executable, str(Path(__file__).resolve()), order]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -106,13 +108,13 @@ def _measured(one: dict[str, Any], threads: int, backend: str) -> dict[str, Any]
         runnable = _build(one["case"], shape, backend)
         gc.collect()
         _forget_peak()
-        before_kib = _status_kib("VmRSS")
+        before_kib = status_kib("VmRSS")
         runnable.run_both()
     except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error) and not isinstance(error, MemoryError):
             traceback.print_exc()
         return {"error": f"not within {one['limit_gib']:g} GiB: {str(error).splitlines()[0][:120]}"}
-    peak_kib = _status_kib("VmHWM")
+    peak_kib = status_kib("VmHWM")
     growth_bytes = (peak_kib - before_kib) * 1024
     return {
         "qkv_mib": round(shape.qkv_bytes / 2**20, 2),
@@ -129,7 +131,8 @@ def _build(case: str, shape: Shape, backend: str) -> Runnable:
     return peer.build(shape)[case]
 
 
-def _status_kib(name: str) -> int:
+def status_kib(name: str) -> int:
+    """A number of /proc/self/status."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 

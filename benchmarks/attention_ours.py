@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from longpretrain.attention import AttentionPattern, sliding_attention, why_not
+from longpretrain.errors import InputError
 
 HEAD_SIZE = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -94,6 +95,16 @@ class OurInputs:
     q_global_BGHD: Tensor
     grad_BNHD: Tensor
 
+    def shortened(self, shape: Shape) -> OurInputs:
+        """The first tokens of the same numbers, in the same memory; leaves of their own."""
+
+        def first(x_BNHD: Tensor) -> Tensor:
+            return x_BNHD.detach()[:, : shape.tokens].requires_grad_()
+
+        qkv, kv_global = ([first(x) for x in xs] for xs in (self.qkv_BNHD, self.kv_global_BNHD))
+        grad_BNHD = self.grad_BNHD[:, : shape.tokens]
+        return OurInputs(shape, qkv, kv_global, self.q_global_BGHD, grad_BNHD)
+
 
 def random_tensor(*sizes: int, dtype: str, is_leaf: bool = True) -> Tensor:
     """Standard normal numbers."""
@@ -110,8 +121,16 @@ def our_inputs(shape: Shape) -> OurInputs:
 
 
 def our_backend(wanted: str | None = None) -> str:
-    """The backend that stands for ours: the compiled one where it can run."""
-    return wanted or ("fused" if why_not("fused") is None else "portable")
+    """The backend that stands for ours: the compiled one where it can run.
+
+    Raises:
+        InputError: the compiled one is wanted, and cannot.
+    """
+    reason = why_not("fused")
+    if wanted == "fused" and reason:
+        way_out = "Leave --backend out: the portable backend then stands in."
+        raise InputError("--backend", got="fused", wanted=f"portable, as {reason}", way_out=way_out)
+    return wanted or ("fused" if reason is None else "portable")
 
 
 VARIANTS = ("dropout 0.1", "dilation 2", "documents", "ten global tokens")

@@ -27,6 +27,8 @@ from torch.overrides import TorchFunctionMode
 
 MOST_DENSE_TOKENS = 8192
 """Beyond, n^2 numbers for every head take too much memory."""
+_DENSE_BIGBIRD_TOKENS = (5 + 2 * 3) * 64
+"""Up to here Hugging Face's model takes dense attention in BigBird's place."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,10 @@ def build_sdpa(shape: Shape) -> dict[str, Runnable]:
 def build_blocked(shape: Shape) -> dict[str, Runnable]:
     """Dense attention in blocks: queries of one-sided-window tokens to the keys around them.
 
-    What a careful user writes in plain PyTorch; it has no global token.
+    What a careful user writes in plain PyTorch; it has no global token. Four dimensions,
+    [blocks, H, queries, D], let torch take its fused CPU kernel, which reads the overlapping keys
+    where they are: with three it falls back to one that writes all scores. Of its masks, one of
+    numbers to be added is the quickest.
     """
     q, k, v, grad = _heads_first(shape)
     reach, tokens, heads = shape.one_sided_window, shape.tokens, shape.heads
@@ -191,15 +196,15 @@ def build_blocked(shape: Shape) -> dict[str, Runnable]:
     key, query = torch.arange(span) - reach, torch.arange(reach)
     position = torch.arange(blocks)[:, None, None] * reach + key
     inside = (position >= 0) & (position < tokens)
-    near = (key - query[:, None]).abs() <= reach
-    mask = (near & inside).expand(heads, blocks, reach, span).reshape(-1, reach, span)
+    reached = ((key - query[:, None]).abs() <= reach) & inside
+    mask = torch.zeros(reached.shape, dtype=q.dtype).masked_fill(~reached, -torch.inf)[:, None]
 
     def forward() -> list[Tensor]:
-        padded = (F.pad(x, (0, 0, reach, reach)).unfold(2, span, reach) for x in (k, v))
-        keys, values = (x.transpose(-1, -2).flatten(0, 2) for x in padded)
-        queries = q.reshape(-1, reach, HEAD_SIZE)
+        padded = (F.pad(x[0], (0, 0, reach, reach)).unfold(1, span, reach) for x in (k, v))
+        keys, values = (x.permute(1, 0, 3, 2) for x in padded)
+        queries = q.view(heads, blocks, reach, HEAD_SIZE).transpose(0, 1)
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-        return [out.view(1, heads, tokens, HEAD_SIZE)]
+        return [out.transpose(0, 1).reshape(1, heads, tokens, HEAD_SIZE)]
 
     return {"blocked": Runnable(forward, [grad], [q, k, v])}
 
@@ -239,6 +244,7 @@ class Peer:
         most_tokens: beyond, it would need too much memory or time to set up.
         only_window: the one attention window that is its own; None: any.
         whole_windows: it takes lengths that are multiples of the attention window.
+        whole_blocks: it takes multiples of 64 that are long enough for BigBird to be sparse.
     """
 
     cases: Mapping[str, str]
@@ -246,15 +252,18 @@ class Peer:
     most_tokens: int = 2**30
     only_window: int | None = None
     whole_windows: bool = False
+    whole_blocks: bool = False
 
     def why_not(self, shape: Shape) -> str | None:
         """Why it cannot run that shape; None when it can."""
         if shape.tokens > self.most_tokens:
-            return f"not set up beyond {self.most_tokens:,} tokens"
+            return f"would take memory or minutes: not set up beyond {self.most_tokens:,} tokens"
         if self.only_window not in {None, shape.attention_window}:
             return f"its window is fixed: compared at {self.only_window}"
         if self.whole_windows and shape.tokens % shape.attention_window:
             return "takes multiples of the attention window"
+        if self.whole_blocks and (shape.tokens % 64 or shape.tokens <= _DENSE_BIGBIRD_TOKENS):
+            return f"takes multiples of 64 beyond {_DENSE_BIGBIRD_TOKENS}: up to there it is dense"
         return None
 
 
@@ -272,6 +281,7 @@ PEERS: Mapping[str, Peer] = {
         },
         build_bigbird,
         only_window=512,
+        whole_blocks=True,
     ),
     "sdpa": Peer({"sdpa": "SDPA, n² with mask"}, build_sdpa, most_tokens=MOST_DENSE_TOKENS),
     "blocked": Peer({"blocked": "SDPA, blocked"}, build_blocked, whole_windows=True),

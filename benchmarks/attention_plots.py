@@ -74,7 +74,7 @@ def _figure(
         f" attention window {shape['attention_window']}, one global token"
     )
     below = (
-        f"{title_line(results)}. Medians."
+        f"{title_line(results)}. Medians, malloc as it comes."
         f" Projections of modules: not in times, but in memory{ours}."
     )
     left = 0.2 / width

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from attention_peers import NET_OF
-from attention_results import Results
+from attention_results import OPERATIONS, Results
 from attention_runs import CALLS, case_labels
 from attention_targets import targets
 
@@ -38,12 +38,39 @@ def _title(results: Results) -> str:
     data = results.data
     lines = [f"longpretrain attention: {title_line(results)}"]
     lines.append(", ".join(f"{name} {version}" for name, version in data["versions"].items()))
-    backend = data["settings"]["backend"]
-    stand_in = "" if backend == "fused" else "  (a stand-in: not the compiled one)"
-    lines.append(f"ours: backend {backend}{stand_in}")
+    lines += [_ours_line(results), _memory_line(results)]
+    if data["resumed"]:
+        lines.append("Resumed " + ", ".join(data["resumed"]))
     if data["settings"]["mode"] == "quick":
         lines.append("A quick run: it shows that all parts run; the targets are for other shapes.")
     return "\n".join(lines)
+
+
+def _ours_line(results: Results) -> str:
+    """Which compiled kernels stand for ours, or why none do."""
+    data = results.data
+    backend, kernels = data["settings"]["backend"], data["kernels"]
+    if backend != "fused":
+        reason = f": {data['why_no_kernels']}" if data["why_no_kernels"] else ""
+        return (
+            f"ours: backend {backend}, which stands in for the compiled one{reason}. Its parts are"
+            " skipped and no target is judged."
+        )
+    levels = ", ".join(dict.fromkeys(level for level in data["levels"].values() if level))
+    return (
+        f"ours: backend fused, compiled by {kernels['compiler']}, instruction sets used: {levels}"
+    )
+
+
+def _memory_line(results: Results) -> str:
+    """What malloc and huge pages are set to."""
+    machine, kept = results.data["machine"], results.data["conditions"]["kept"]
+    pages = ", ".join(f"{name} {x}" for name, x in machine["transparent_huge_pages"].items())
+    own = " ".join(f"{name}={x}" for name, x in machine["memory_environment"].items())
+    return (
+        f"memory: {machine['c_library']}; transparent huge pages: {pages}; caller's settings:"
+        f" {own or 'none'}; 'kept' is {' '.join(f'{name}={x}' for name, x in kept.items())}"
+    )
 
 
 def _equality(results: Results) -> str:
@@ -63,59 +90,110 @@ def _equality(results: Results) -> str:
     return "\n".join(lines)
 
 
+CONDITION_NAMES = {"default": "malloc as it comes", "kept": "freed memory kept"}
+
+
 def _headline(results: Results) -> str:
+    """A table of times for each condition of memory, and the ratios of both side by side."""
     data = results.data
     shape, dtypes = data["headline_shape"], data["settings"]["dtypes"]
     columns = [(dtype, call) for dtype in dtypes for call in CALLS]
-    table = [["median ms (x ours)", *(f"{dtype} {call}" for dtype, call in columns)]]
-    for case, label in case_labels(data["settings"]["peers"]).items():
-        if any(results.row("headline", case, *column) for column in columns):
-            table += _times_of(results, case, label, columns)
-    if len(table) == 1:
+    tables = [_headline_times(results, condition, columns) for condition in CONDITION_NAMES]
+    tables = [table for table in tables if table]
+    if not tables:
         return ""
-    for section, level in (("headline", ""), ("avx2", " lowered to AVX2")):
-        times = [results.time_ms(section, "ours", *column) for column in columns]
-        shares = [results.peak_share(section, *column) for column in columns]
-        if section == "avx2" and any(times):
-            table.append([f"ours{level}", *(_ms(time_ms) for time_ms in times)])
-        if any(shares):
-            texts = ("-" if share is None else f"{share:.0%}" for share in shares)
-            table.append([f"ours{level}, share of peak", *texts])
     head = (
         f"Headline: batch 1, {shape['heads']} heads of 64, {shape['tokens']:,} tokens,"
         f" attention window {shape['attention_window']}, one global token"
     )
-    return "\n".join([head, *_aligned(table), *_peak_lines(results)])
+    parts = ["\n".join([head, *tables[0]]), *("\n".join(table) for table in tables[1:])]
+    return "\n\n".join([*parts, "\n".join(_side_by_side(results, columns)), _peaks(results)])
+
+
+def _headline_times(
+    results: Results, condition: str, columns: Sequence[tuple[str, str]]
+) -> list[str]:
+    table = [
+        [
+            f"median ms (x ours), {CONDITION_NAMES[condition]}",
+            *(f"{dtype} {call}" for dtype, call in columns),
+        ]
+    ]
+    for case, label in case_labels(results.data["settings"]["peers"]).items():
+        if any(results.row("headline", case, *each, condition=condition) for each in columns):
+            table += _times_of(results, condition, case, label, columns)
+    for section, level in (("headline", ""), ("avx2", " lowered to AVX2")):
+        times = [results.time_ms(section, "ours", *each, condition=condition) for each in columns]
+        if section == "avx2" and any(times):
+            table.append([f"ours{level}", *(_ms(time_ms) for time_ms in times)])
+        for name, recomputed in (("", True), ("; no recomputed product", False)):
+            shares = [
+                results.peak_share(section, *each, condition=condition, recomputed=recomputed)
+                for each in columns
+            ]
+            if any(shares):
+                texts = ("-" if share is None else f"{share:.0%}" for share in shares)
+                table.append([f"ours{level}, share of peak{name}", *texts])
+    return _aligned(table) if len(table) > 1 else []
 
 
 def _times_of(
-    results: Results, case: str, label: str, columns: Sequence[tuple[str, str]]
+    results: Results, condition: str, case: str, label: str, columns: Sequence[tuple[str, str]]
 ) -> list[list[str]]:
     """A case's row of the headline; a module has two, as it is and without its projections."""
-    whole = [_ms(results.time_ms("headline", case, *column, net=False)) for column in columns]
+    whole = [
+        _ms(results.time_ms("headline", case, *column, net=False, condition=condition))
+        for column in columns
+    ]
     if case == "ours" or case in NET_OF.values():
         return [[label, *whole]]
     cells = []
     for column in columns:
-        time_ms = _ms(results.time_ms("headline", case, *column))
-        ratio = results.ratio("headline", case, *column)
+        time_ms = _ms(results.time_ms("headline", case, *column, condition=condition))
+        ratio = results.ratio("headline", case, *column, condition=condition)
         cells.append(time_ms if ratio is None else f"{time_ms} ({ratio:.2f}x)")
     if case in NET_OF:
         return [[label, *whole], ["  minus projections", *cells]]
     return [[label, *cells]]
 
 
-def _peak_lines(results: Results) -> list[str]:
-    probes = results.data["peak_probes"]
-    lines = []
-    if probes.get("why_not"):
-        lines.append(f"Peak not measured: {probes['why_not']}.")
-    for when in ("before", "after"):
-        rates = probes.get(when)
-        if rates:
-            texts = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
-            lines.append(f"Peak {when} the timings, GFLOP/s: {texts}")
-    return lines
+def _side_by_side(results: Results, columns: Sequence[tuple[str, str]]) -> list[str]:
+    """Peers' times as multiples of ours, under both conditions."""
+    table = [["default / kept memory", *(f"{dtype} {call}" for dtype, call in columns)]]
+    labels = case_labels(results.data["settings"]["peers"])
+    cases = [("headline", case, label) for case, label in labels.items()]
+    cases.append(("avx2", "hf", f"{labels.get('hf', 'HF Longformer')}, ours on AVX2"))
+    for section, case, label in cases:
+        if case == "ours" or case in NET_OF.values():
+            continue
+        pairs = [
+            [results.ratio(section, case, *each, condition=name) for name in CONDITION_NAMES]
+            for each in columns
+        ]
+        if any(ratio is not None for pair in pairs for ratio in pair):
+            net = ", minus projections" if case in NET_OF else ""
+            table.append([label + net, *(_both(pair) for pair in pairs)])
+    return ["Times as multiples of ours, under both conditions of memory:", *_aligned(table)]
+
+
+def _both(ratios: Sequence[float | None]) -> str:
+    if all(ratio is None for ratio in ratios):
+        return "-"
+    return " / ".join("-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios)
+
+
+def _peaks(results: Results) -> str:
+    lines = [OPERATIONS]
+    for cell, probes in results.data["peak_probes"].items():
+        if probes.get("why_not"):
+            lines.append(f"Peak not measured: {probes['why_not']}.")
+            break
+        texts = [
+            ", ".join(f"{name} {rate:,.0f}" for name, rate in probes[when].items())
+            for when in ("before", "after")
+        ]
+        lines.append(f"Peak, GFLOP/s, {cell}: {texts[0]} before; {texts[1]} after the timings")
+    return "\n".join(lines)
 
 
 def _growth(results: Results) -> str:
@@ -138,7 +216,10 @@ def _growth(results: Results) -> str:
             if any(value is not None for value in times) and case not in NET_OF.values():
                 net = ", net" if case in NET_OF else ""
                 table.append([label + net, *(_ms(value) for value in times)])
-        head = f"Median ms against tokens: {heads} heads, attention window {window}"
+        head = (
+            f"Median ms against tokens: {heads} heads, attention window {window},"
+            f" {CONDITION_NAMES['default']}"
+        )
         parts.append("\n".join([head, *_aligned(table)]))
     return "\n\n".join(parts)
 
@@ -160,17 +241,19 @@ def _memory(results: Results) -> str:
 
 
 def _targets(results: Results, with_verdicts: bool) -> str:
-    table = [["target (ratios: peer's time / ours)", "measured", "wanted"]]
+    head = ["target (ratios: peer's time / ours)", "measured", "with kept memory", "wanted"]
+    table = [head]
     verdicts = []
     for target in targets(results):
-        value, limit, verdict = target.texts()
-        table.append([target.name, value, limit] + ([verdict] if with_verdicts else []))
+        *texts, verdict = target.texts()
+        table.append([target.name, *texts] + ([verdict] if with_verdicts else []))
         verdicts.append(target.is_met)
     lines = _aligned(table)
     if with_verdicts:
         met, measured = verdicts.count(True), len(verdicts) - verdicts.count(None)
         lines.append(
-            f"{met} of {measured} measured targets met, {verdicts.count(None)} not measured"
+            f"{met} of {measured} measured targets met, {verdicts.count(None)} not measured;"
+            " judged with malloc as it comes, the default"
         )
     return "\n".join(lines)
 

@@ -15,6 +15,13 @@ from attention_peers import NET_OF
 
 from longpretrain.attention import AttentionPattern
 
+OPERATIONS = (
+    "Useful operations: 2 * D for each reached pair and product. Forward has two products (scores, "
+    "values). Backward is counted with five, as FlashAttention's papers do: one of them computes "
+    "the scores again, as the forward keeps none; the share of peak without it (four, six in "
+    "forward+backward) stands beside."
+)
+
 Row = dict[str, Any]
 Where = Mapping[str, int]
 
@@ -26,11 +33,19 @@ class Results:
     data: dict[str, Any]
 
     def row(
-        self, section: str, case: str, dtype: str, call: str, where: Where | None = None
+        self,
+        section: str,
+        case: str,
+        dtype: str,
+        call: str,
+        where: Where | None = None,
+        *,
+        condition: str = "default",
     ) -> Row | None:
         """The row of a time; ``where`` overrides tokens, heads or window of the headline."""
         shape = {**self._headline_shape(), **(where or {})}
         wanted = {"section": section, "case": case, "dtype": dtype, "call": call, **shape}
+        wanted["condition"] = condition
         return _first(self.data["timings"], wanted)
 
     def time_ms(
@@ -42,23 +57,26 @@ class Results:
         where: Where | None = None,
         *,
         net: bool = True,
+        condition: str = "default",
     ) -> float | None:
         """A median; of a module, unless ``net`` is False, less its projections."""
-        row = self.row(section, case, dtype, call, where)
+        row = self.row(section, case, dtype, call, where, condition=condition)
         if row is None:
             return None
         rest = 0.0
         if net and case in NET_OF:
-            projections = self.row(section, NET_OF[case], dtype, call, where)
+            projections = self.row(section, NET_OF[case], dtype, call, where, condition=condition)
             if projections is None:
                 return None
             rest = projections["median_ms"]
         return float(row["median_ms"]) - rest
 
-    def ratio(self, section: str, case: str, dtype: str, call: str) -> float | None:
+    def ratio(
+        self, section: str, case: str, dtype: str, call: str, *, condition: str = "default"
+    ) -> float | None:
         """The time of a case as a multiple of the time of ours, at the headline's shape."""
-        time_ms = self.time_ms(section, case, dtype, call)
-        ours_ms = self.time_ms(section, "ours", dtype, call)
+        time_ms = self.time_ms(section, case, dtype, call, condition=condition)
+        ours_ms = self.time_ms(section, "ours", dtype, call, condition=condition)
         return None if time_ms is None or not ours_ms else time_ms / ours_ms
 
     def memory(self, case: str, dtype: str, tokens: int) -> Row | None:
@@ -66,16 +84,25 @@ class Results:
         where = {**self._headline_shape(), "tokens": tokens}
         return _first(self.data["memory"], {"case": case, "dtype": dtype, **where})
 
-    def peak_share(self, section: str, dtype: str, call: str) -> float | None:
+    def peak_share(
+        self,
+        section: str,
+        dtype: str,
+        call: str,
+        *,
+        condition: str = "default",
+        recomputed: bool = True,
+    ) -> float | None:
         """Useful operations of ours at the headline shape, as a share of the processor's peak."""
-        peak = self.data["peak"].get(f"{section} {dtype}")
-        time_ms = self.time_ms(section, "ours", dtype, call)
+        peak = self.data["peak"].get(f"{section} {condition} {dtype}")
+        time_ms = self.time_ms(section, "ours", dtype, call, condition=condition)
         if peak is None or time_ms is None:
             return None
         tokens, heads, attention_window = self._headline_shape().values()
         operations = useful_operations(
-            tokens=tokens, heads=heads, attention_window=attention_window, call=call
-        )
+            tokens=tokens, heads=heads, attention_window=attention_window, call=call,
+            recomputed=recomputed,
+        )  # fmt: skip
         return float(operations / (time_ms * 1e-3) / (peak * 1e9))
 
     def _headline_shape(self) -> dict[str, int]:
@@ -84,13 +111,21 @@ class Results:
 
 
 def useful_operations(
-    *, tokens: int, heads: int, attention_window: int, call: str, positions: tuple[int, ...] = (0,)
+    *,
+    tokens: int,
+    heads: int,
+    attention_window: int,
+    call: str,
+    positions: tuple[int, ...] = (0,),
+    recomputed: bool = True,
 ) -> int:
-    """Multiplications and additions that the definition asks for, no recomputation, no padding.
+    """Multiplications and additions for the pairs that are reached, none for padding.
 
-    Forward multiplies each reached pair of query and key twice (scores, values), backward five
-    times, 2 * D operations each. A local query reaches its window and the global keys outside of
-    it; a global query reaches all keys, and its ordinary row is not wanted.
+    Forward multiplies each reached pair of query and key twice (scores, values), 2 * D operations
+    each. Backward does it four times by the definition, and a fifth time if ``recomputed``, for
+    the scores that the forward did not keep: FlashAttention's papers count so, and with five our
+    numbers can be held beside theirs. A local query reaches its window and the global keys outside
+    of it; a global query reaches all keys, and its ordinary row is not wanted.
     """
     pattern = AttentionPattern(attention_window // 2)
     pairs = pattern.num_pairs(tokens, 1)
@@ -100,7 +135,7 @@ def useful_operations(
         in_window = pattern.reaches(query, position, 1)
         pairs += int((~in_window & is_local).sum())  # the global key's column
         pairs += tokens - int(in_window.sum())  # its query's row, instead of the ordinary one
-    products = {"forward": 2, "forward+backward": 7}[call]
+    products = {"forward": 2, "forward+backward": 7 if recomputed else 6}[call]
     return products * 2 * HEAD_SIZE * pairs * heads
 
 

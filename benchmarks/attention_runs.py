@@ -2,8 +2,8 @@
 
 A row is plain data, one case of one shape and call:
 ``section, case, dtype, tokens, heads, attention_window, call, median_ms, min_ms, samples,
-disturbed_samples, is_disturbed``. Times of modules hold their projections, which
-``attention_results`` subtracts.
+disturbed_samples, is_disturbed``; ``attention_cells`` adds the condition of memory. Times of
+modules hold their projections, which ``attention_results`` subtracts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from attention_ours import VARIANTS, Runnable, Shape, build_ours, our_inputs
 from attention_peers import NET_OF, PEERS
-from timing import Case, Pace, Timing, take_samples
+from timing import OUT_OF_MEMORY, Case, Pace, Timing, is_out_of_memory, take_samples
 
 CALLS = ("forward", "forward+backward")
 
@@ -54,9 +54,17 @@ def headline(
             skipped.append({"case": peer, **asdict(shape), "why": reason})
             continue
         say(f"headline {shape.dtype}: {peer}")
-        made |= {(case, shape): runnable for case, runnable in PEERS[peer].build(shape).items()}
+        try:
+            found = PEERS[peer].build(shape)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            skipped += _no_memory(shape, _attentions(peer))
+            continue
+        made |= {(case, shape): runnable for case, runnable in found.items()}
     say(f"headline {shape.dtype}: {len(made)} cases, {pace.seconds:.0f} s")
-    return _time_all("headline", made, pace), skipped
+    rows, failed = _time_all("headline", made, pace)
+    return rows, skipped + failed
 
 
 def growth(
@@ -77,27 +85,34 @@ def growth(
     made: Made = {}
     skipped: list[Row] = []
     forward_s: dict[str, tuple[int, float]] = {}
+    longest = our_inputs(shapes[-1])
     for shape in shapes:
-        inputs = our_inputs(shape)
+        inputs = longest.shortened(shape)
         made["ours", shape] = build_ours(inputs, backend=backend)
         for peer in [name for name in peers if name in PEERS or backend != name]:
             why = _why_not(peer, shape, forward_s, limit_s)
             skipped += [{"case": case, **asdict(shape), "why": why[case]} for case in why]
             if set(why) >= _attentions(peer):
                 continue
-            if peer in PEERS:
-                found = PEERS[peer].build(shape)
-            else:
-                found = {"portable": build_ours(inputs, backend="portable")}
-            for case in [name for name in found if name not in why]:
-                forward_s[case] = (shape.tokens, _forward_s(found[case]))
-                made[case, shape] = found[case]
+            try:
+                if peer in PEERS:
+                    found = PEERS[peer].build(shape)
+                else:
+                    found = {"portable": build_ours(inputs, backend="portable")}
+                for case in [name for name in found if name not in why]:
+                    forward_s[case] = (shape.tokens, _forward_s(found[case]))
+                    made[case, shape] = found[case]
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                skipped += _no_memory(shape, _attentions(peer) - set(why))
     first = shapes[0]
     say(
         f"growth {first.dtype}, {first.heads} heads, window {first.attention_window}:"
         f" {len(made)} cases, {pace.seconds:.0f} s"
     )
-    return _time_all("growth", made, pace), skipped
+    rows, failed = _time_all("growth", made, pace)
+    return rows, skipped + failed
 
 
 def _forward_s(runnable: Runnable) -> float:
@@ -133,13 +148,26 @@ def _why_not(
     return slow
 
 
-def _time_all(section: str, made: Made, pace: Pace) -> list[Row]:
+def _no_memory(shape: Shape, cases: Iterable[str]) -> list[Row]:
+    return [{"case": case, **asdict(shape), "why": OUT_OF_MEMORY} for case in sorted(cases)]
+
+
+def _time_all(section: str, made: Made, pace: Pace) -> tuple[list[Row], list[Row]]:
+    """Rows of times, and a row for each case whose first run found too little memory."""
     cases = []
     for (name, shape), runnable in made.items():
         cases.append(Case((name, shape, CALLS[0]), runnable.run_forward, runnable.reset))
         if runnable.outputs_grad:
             cases.append(Case((name, shape, CALLS[1]), runnable.run_both, runnable.reset))
-    return [_row(section, key, timing) for key, timing in take_samples(cases, pace).items()]
+    timings = take_samples(cases, pace)
+    rows = [_row(section, key, timing) for key, timing in timings.items() if not timing.failure]
+    failed: list[Row] = []
+    for key, timing in timings.items():
+        if timing.failure:
+            assert isinstance(key, tuple)
+            name, shape, call = key
+            failed.append({"case": f"{name} {call}", **asdict(shape), "why": timing.failure})
+    return rows, failed
 
 
 def _row(section: str, key: Hashable, timing: Timing) -> Row:

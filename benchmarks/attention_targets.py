@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from attention_results import Results
 from attention_runs import CALLS
@@ -18,10 +19,11 @@ class Target:
 
     Args:
         name: what it says.
-        value: as measured; None: not measured in this run.
+        value: as measured, under default memory; None: not measured in this run.
         limit: to be reached, or kept.
         at_least: whether more is better.
-        form: how to write both.
+        form: how to write them.
+        kept: the value where freed memory is kept, which is shown and not judged.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Target:
     limit: float
     at_least: bool
     form: str
+    kept: float | None = None
 
     @property
     def is_met(self) -> bool | None:
@@ -37,22 +40,54 @@ class Target:
             return None
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
-    def texts(self) -> tuple[str, str, str]:
-        """Value, limit and verdict."""
-        value = "-" if self.value is None else self.form.format(self.value)
+    def texts(self) -> tuple[str, str, str, str]:
+        """Value, value with kept memory, limit and verdict."""
+        value, kept = (
+            "-" if number is None else self.form.format(number)
+            for number in (self.value, self.kept)
+        )
         limit = f"{'>=' if self.at_least else '<='} {self.form.format(self.limit)}"
         verdict = {None: "not measured", True: "met", False: "NOT MET"}[self.is_met]
-        return value, limit, verdict
+        return value, kept, limit, verdict
 
 
 def targets(results: Results) -> list[Target]:
-    """All of them, in the order of the issue."""
+    """All of them, in the order of the report; none is measured where a backend stands in."""
     made = [
         *_ratios(results), *_peak(results), *_variants(results), *_growth(results),
         *_memory(results),
     ]  # fmt: skip
-    dtypes = results.data["settings"]["dtypes"]
-    return [target for dtype, target in made if dtype in dtypes]
+    chosen = results.data["settings"]
+    found = [target for dtype, target in made if dtype in chosen["dtypes"]]
+    if chosen["backend"] != "fused":
+        return [replace(target, value=None, kept=None) for target in found]
+    return found
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """What follows from the times, for readers of the JSON: ratios and targets."""
+    ratios = []
+    for section, case in dict.fromkeys(
+        (row["section"], row["case"])
+        for row in results.data["timings"]
+        if row["section"] != "growth" and row["case"] != "ours"
+    ):
+        for dtype in results.data["settings"]["dtypes"]:
+            for call in CALLS:
+                of_both = {
+                    condition: results.ratio(section, case, dtype, call, condition=condition)
+                    for condition in ("default", "kept")
+                }
+                where = {"section": section, "case": case, "dtype": dtype, "call": call}
+                ratios.append({**where, **of_both})
+    judged = [
+        {
+            "name": target.name, "default": target.value, "kept": target.kept,
+            "limit": target.limit, "at_least": target.at_least, "is_met": target.is_met,
+        }
+        for target in targets(results)
+    ]  # fmt: skip
+    return {"ratios_to_ours": ratios, "targets": judged}
 
 
 _ALL_TEN: dict[tuple[str, str], float] = {
@@ -76,7 +111,8 @@ def _ratios(results: Results) -> Iterator[tuple[str, Target]]:
     for section, case, name, limits in _VERSUS:
         for (dtype, call), limit in limits.items():
             value = results.ratio(section, case, dtype, call)
-            yield dtype, Target(f"vs {name}, {call} {dtype}", value, limit, True, "{:.1f}x")
+            kept = results.ratio(section, case, dtype, call, condition="kept")
+            yield dtype, Target(f"vs {name}, {call} {dtype}", value, limit, True, "{:.1f}x", kept)
 
 
 def _peak(results: Results) -> Iterator[tuple[str, Target]]:
@@ -87,7 +123,8 @@ def _peak(results: Results) -> Iterator[tuple[str, Target]]:
     for dtype, (name, limit) in names.items():
         for call in CALLS:
             value = results.peak_share("headline", dtype, call)
-            yield dtype, Target(f"{name}, {call} {dtype}", value, limit, True, "{:.0%}")
+            kept = results.peak_share("headline", dtype, call, condition="kept")
+            yield dtype, Target(f"{name}, {call} {dtype}", value, limit, True, "{:.0%}", kept)
 
 
 def _variants(results: Results) -> Iterator[tuple[str, Target]]:
@@ -95,9 +132,11 @@ def _variants(results: Results) -> Iterator[tuple[str, Target]]:
     for variant, limit in limits.items():
         for dtype in ("fp32", "bf16"):
             for call in CALLS:
-                value = results.ratio("headline", f"ours, {variant}", dtype, call)
+                case = f"ours, {variant}"
+                value = results.ratio("headline", case, dtype, call)
+                kept = results.ratio("headline", case, dtype, call, condition="kept")
                 name = f"cost of {variant}, {call} {dtype}"
-                yield dtype, Target(name, value, limit, False, "{:.2f}x")
+                yield dtype, Target(name, value, limit, False, "{:.2f}x", kept)
 
 
 def _growth(results: Results) -> Iterator[tuple[str, Target]]:

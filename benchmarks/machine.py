@@ -6,6 +6,8 @@ clock rate of the day nor what a virtual machine gets of it.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib.metadata
 import os
 import platform
@@ -23,6 +25,12 @@ PROBES = {
     "avx512": {"avx512f"},
     "avx512_bf16": {"avx512f", "avx512_bf16"},
 }
+MALLOC_SETTINGS = (
+    "MALLOC_ARENA_MAX", "MALLOC_ARENA_TEST", "MALLOC_CHECK_", "MALLOC_MMAP_MAX_",
+    "MALLOC_MMAP_THRESHOLD_", "MALLOC_PERTURB_", "MALLOC_TOP_PAD_", "MALLOC_TRIM_THRESHOLD_",
+    "GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE",
+)  # fmt: skip
+"""Environment variables of glibc's malloc and of torch's allocator on it."""
 _SHOWN_FLAGS = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16",
     "amx_bf16",
@@ -49,6 +57,17 @@ def describe_machine() -> dict[str, Any]:
         "cores": num_cores(),
         "memory_gib": round(memory_bytes / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
+        "c_library": " ".join(platform.libc_ver()),
+        "transparent_huge_pages": {
+            name: _read(f"/sys/kernel/mm/transparent_hugepage/{name}")
+            for name in ("enabled", "defrag")
+        },
+        # As the caller had them: the children of the benchmark get their own.
+        "memory_environment": {
+            name: os.environ[name]
+            for name in (*MALLOC_SETTINGS, "LD_PRELOAD")
+            if name in os.environ
+        },
         "load_average_at_start": list(os.getloadavg()),
     }
 
@@ -66,7 +85,7 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
-    git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
     if shutil.which("git"):
         commit = subprocess.run(git, capture_output=True, text=True, check=False)
         found["commit"] = commit.stdout.strip() or "unknown"
@@ -83,29 +102,45 @@ def measure_peak(num_threads: int) -> tuple[dict[str, float], str | None]:
     names = [name for name, needed in PROBES.items() if needed <= flags]
     if not names:
         return {}, "none of the probed instruction sets (AVX2, AVX-512) is listed in /proc/cpuinfo"
-    if shutil.which("g++") is None:
-        return {}, "there is no g++ to compile peak.cpp"
-    with tempfile.TemporaryDirectory(prefix="longpretrain-peak-") as folder:
-        program = Path(folder) / "peak"
-        source = str(HERE / "peak.cpp")
-        command = ["g++", "-O2", "-std=c++17", "-pthread", source, "-o", str(program)]
-        built = subprocess.run(command, capture_output=True, text=True, check=False)
-        if built.returncode:
-            return {}, f"g++ does not compile peak.cpp: {built.stderr.strip()[:300]}"
-        threads = str(min(num_threads, num_cores()))
-        ran = subprocess.run(
-            [str(program), threads, *names], capture_output=True, text=True, check=False
-        )
+    program, reason = _built_probe()
+    if program is None:
+        return {}, reason
+    threads = str(min(num_threads, num_cores()))
+    command = [str(program), threads, *names]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:
         return {}, f"the probe ended with code {ran.returncode}"
     lines = [line.split() for line in ran.stdout.splitlines()]
     return {name: float(rate) for name, rate in lines}, None
 
 
+@functools.cache
+def _built_probe() -> tuple[Path | None, str | None]:
+    """``peak.cpp`` compiled, once for this process, or why it is not."""
+    if shutil.which("g++") is None:
+        return None, "there is no g++ to compile peak.cpp"
+    folder = Path(tempfile.mkdtemp(prefix="longpretrain-peak-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    program, source = folder / "peak", HERE / "peak.cpp"
+    command = ["g++", "-O2", "-std=c++17", "-pthread", str(source), "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if built.returncode:
+        return None, f"g++ does not compile peak.cpp: {built.stderr.strip()[:300]}"
+    return program, None
+
+
 def peak_of(dtype: str, peak: dict[str, float]) -> float | None:
     """The rate that a kernel of that dtype is held against: the widest instruction there is."""
     order = ("avx512_bf16", "avx512", "avx2") if dtype == "bf16" else ("avx512", "avx2")
     return next((peak[name] for name in order if name in peak), None)
+
+
+def _read(path: str) -> str:
+    """A setting of the kernel; "unknown" where it is not told."""
+    try:
+        return Path(path).read_text(encoding="ascii").strip()
+    except OSError:
+        return "unknown"
 
 
 def _cpu_info() -> dict[str, str]:

@@ -72,6 +72,8 @@ class Timing:
 
     kept_s: list[float] = field(default_factory=list)
     dropped_s: list[float] = field(default_factory=list)
+    failure: str = ""
+    """Why there are no samples: the first run found too little memory."""
 
     @property
     def is_disturbed(self) -> bool:
@@ -94,6 +96,15 @@ class Timing:
         return min(self.samples_s, default=float("nan"))
 
 
+OUT_OF_MEMORY = "does not fit into the memory that a process may take"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; torch says so by an ordinary RuntimeError."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "memory" in text or "bad_alloc" in text
+
+
 def others_cpu_s() -> float | None:
     """Processor seconds that all but this process used since the machine started.
 
@@ -111,13 +122,21 @@ def others_cpu_s() -> float | None:
 
 def take_samples(cases: Sequence[Case], pace: Pace) -> dict[Hashable, Timing]:
     """Times all cases round robin, at that pace."""
-    repeats = {case.key: _repeats(case, pace.batch_s) for case in cases}
     timings = {case.key: Timing() for case in cases}
     assert len(timings) == len(cases), "two cases of one name"
+    repeats = {}
+    for case in cases:
+        try:
+            repeats[case.key] = _repeats(case, pace.batch_s)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            timings[case.key].failure = OUT_OF_MEMORY
+            case.reset()
     end = time.perf_counter() + pace.seconds
     rounds = 0
     while rounds < pace.min_rounds or time.perf_counter() < end:
-        for case in cases:
+        for case in [case for case in cases if case.key in repeats]:
             _sample(case, repeats[case.key], timings[case.key], pace.one_thread)
         rounds += 1
     return timings

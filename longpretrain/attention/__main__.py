@@ -86,11 +86,12 @@ def _machine() -> Iterator[str]:
     facts = kernel_facts()
     if not facts:
         return
-    yield f"compiled by {facts['compiler']} with the headers of torch {facts['torch']}, for the CPU"
+    yield f"compiled by {facts['compiler']} with the headers of torch {facts['torch']}"
     yield (
         f"instruction sets: {facts['used']} in use; compiled {facts['built']}; "
         f"this machine runs {facts['machine']}"
     )
+    yield f"CUDA kernels: {facts['cuda']}"
 
 
 def _check(backend: str) -> bool:

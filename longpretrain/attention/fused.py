@@ -68,8 +68,9 @@ def _check_name(backend: str) -> None:
 def kernel_facts() -> Mapping[str, str]:
     """How the compiled library was built and what of it runs here; empty when there is none.
 
-    Its keys: compiler, torch (whose headers it was built with), largest head size, and instruction
-    sets: built, machine (those that the processor runs), used.
+    Its keys: compiler, torch (whose headers it was built with), largest head size; instruction
+    sets: built, machine (those that the processor runs), used; cuda (chips that the CUDA kernels
+    were compiled for, or none, or emulated), cuda head sizes.
 
     Raises:
         InputError: as ``why_not``.
@@ -253,12 +254,19 @@ def _choose(backend: str, q_BNHD: Tensor) -> str:
 
 def _beyond_the_kernels(q_BNHD: Tensor) -> str | None:
     """Why the compiled kernels cannot take a call like this; all its tensors are like q."""
-    device, dtype, head_size = q_BNHD.device.type, q_BNHD.dtype, q_BNHD.shape[3]
-    if device not in {"cpu", "meta"}:
-        return f"the compiled kernels of this version run on the CPU, not on {device}"
+    device, dtype, head_size = q_BNHD.device, q_BNHD.dtype, q_BNHD.shape[3]
+    if device.type not in {"cpu", "cuda", "meta"}:
+        return f"the compiled kernels run on the CPU and on CUDA, not on {device.type}"
+    if device.type == "cuda":
+        reason: str | None = _why_not_on(device.index or 0)
+        if reason is not None:
+            return reason
     if dtype not in FUSED_DTYPES:
         name = str(dtype).removeprefix("torch.")
         return f"the compiled kernels take float32, bfloat16 and float16, not {name}"
+    sizes = _cuda_head_sizes(device.type)
+    if sizes and head_size not in sizes:
+        return f"the CUDA kernels take heads of {', '.join(map(str, sizes))}, not {head_size}"
     if head_size > _largest_head_size():
         return f"the compiled kernels take heads of up to {_largest_head_size()}, not {head_size}"
     return None
@@ -267,6 +275,24 @@ def _beyond_the_kernels(q_BNHD: Tensor) -> str | None:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _largest_head_size() -> int:
     return int(kernel_facts()["largest head size"])
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cuda_head_sizes(device: str) -> tuple[int, ...]:
+    """Nothing where the CPU's kernels run."""
+    facts = kernel_facts()
+    # The test-only library runs the CUDA kernels on the CPU, by emulation.
+    if device == "cuda" or (device == "cpu" and facts["cuda"] == "emulated"):
+        return tuple(map(int, facts["cuda head sizes"].split(", ")))
+    return ()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def _why_not_on(index: int) -> str | None:
+    """Why the CUDA kernels cannot run on a GPU."""
+    found: str = torch.ops.longpretrain.cuda_why_not(index)
+    return found or None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
