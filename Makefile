@@ -14,7 +14,7 @@ SANITIZE_TESTS = tests/test_attention_*.py tests/test_properties_attention.py
 SANITIZED := build/sanitize
 SANITIZERS := UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=max_malloc_fill_size=1073741824:malloc_fill_byte=255
 
-.PHONY: help setup demo test exactness golden check sanitize sanitize-quick lock clean
+.PHONY: help setup demo test exactness golden check sanitize sanitize-quick cuda-check gpu-check lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -62,6 +62,18 @@ sanitize: sanitize-quick  ## sanitize-quick, and all tests of attention under th
 	python -c 'from longpretrain.attention import why_not; raise SystemExit(why_not("fused"))' && \
 	python -m pytest -p no:cacheprovider --capture=sys $(SANITIZE_TESTS)
 
+# Needs nvcc, and no GPU. nvdisasm comes from its own lock, as nothing else needs it.
+cuda-check: setup $(VENV)/.cuda-tools  ## what nvcc makes of the CUDA kernels, held against csrc/cuda/budgets.json; writes docs/kernels.md
+	PYTHONPATH=tests python -m cuda_check budgets
+	PYTHONPATH=tests python -m cuda_check model docs/kernels.md
+
+# The library is built with CUDA kernels even if it is current: it may have been built without.
+gpu-check: $(VENV)/.done  ## on a machine with a GPU: build, test, measure; writes benchmarks/results/gpu-*.md for an issue
+	python benchmarks/gpu_machine.py
+	LONGPRETRAIN_CUDA=1 CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(INSTALL) --no-deps --no-build-isolation \
+	  --reinstall-package longpretrain -e .
+	python benchmarks/gpu.py
+
 lock:  ## resolve install/requirements.in again into the hashed lock
 	VIRTUAL_ENV="$(CURDIR)/$(VENV)" UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(UV) pip compile -q --generate-hashes \
 	  --python-version 3.11 --no-emit-package torch --no-emit-find-links --no-emit-index-url --no-annotate \
@@ -78,6 +90,10 @@ $(VENV)/.done: $(LOCKS)
 	$(INSTALL) torch==2.13.0
 	$(INSTALL) --no-deps --require-hashes -r install/requirements.lock
 	PYTHONPATH="$(CURDIR)/install/stub" $(INSTALL) --no-deps --no-build-isolation --require-hashes -r install/fairseq.lock
+	touch $@
+
+$(VENV)/.cuda-tools: install/cuda-tools.lock | $(VENV)/.done
+	$(INSTALL) --no-deps --require-hashes -r $<
 	touch $@
 
 # Without isolation: torch's headers, cmake and ninja are those of the locks.

@@ -6,7 +6,9 @@
 // Letters: B batch row, N query, M key, H head, D number of a head, G slot of a global token.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace longpretrain {
 
@@ -66,11 +68,25 @@ bool cpu_level_compiled(CpuLevel level);
 bool cpu_level_runs(CpuLevel level);  // whether this processor has what it needs
 const char* cpu_level_name(CpuLevel level);
 
-constexpr int64_t kLargestHeadSize = 128;      // of the CPU kernels
+constexpr int64_t kLargestHeadSize = 128;      // of the CPU kernels; those for CUDA: 32, 64 or 128
 constexpr int64_t kLargestSequence = 1 << 29;  // keys: positions are int32 inside
 
 // Throw std::bad_alloc when there is no memory for scratch; invariants are the caller's.
 void attention_forward_cpu(const AttentionParams& params, ParallelFor parallel_for);
 void attention_backward_cpu(const AttentionBackwardParams& params, ParallelFor parallel_for);
+
+// Put the kernels on a stream (a cudaStream_t) of the current device, and return. All pointers but
+// dilation_H are of that device; bases and strides of [B, N, H, D] tensors are multiples of 16
+// bytes. The workspace, aligned to 256 bytes, belongs to the kernels until the stream has done
+// them. No value is refused: a slot whose global_index_BG is out of range or named before is taken
+// for an unused one. Throw std::runtime_error when a launch fails.
+size_t cuda_workspace_bytes(const AttentionParams& params, bool backward);
+void attention_forward_cuda(const AttentionParams& params, void* workspace, void* stream);
+void attention_backward_cuda(const AttentionBackwardParams& params, void* workspace, void* stream);
+
+// Why the current device cannot run them, in words; empty when it can.
+std::string cuda_why_not();
+// The chips they were compiled for, or "emulated".
+std::string cuda_kernels();
 
 }  // namespace longpretrain

@@ -1,5 +1,5 @@
-// The operators as PyTorch sees them. The only file that knows torch, and only by its stable ABI:
-// one build serves every torch from 2.13 on, with or without CUDA.
+// The operators as PyTorch sees them. Only this file and its devices.h know torch, and only by its
+// stable ABI: one build serves every torch from 2.13 on, with or without CUDA.
 //
 // What a user passes is checked in Python (longpretrain/attention/checks.py), where values can go
 // unread (torch.compile) and backends can be called around it. So all that the kernels' memory
@@ -12,9 +12,7 @@
 #include <torch/headeronly/version.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <exception>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -22,57 +20,16 @@
 #include <utility>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "attention.h"
+#include "devices.h"
 
 namespace longpretrain {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kHeadsOfCounter = 1 << 16;  // dropout counts heads in 16 bits
 constexpr int64_t kLargestStep = INT32_MAX;   // of a window or a dilation: their product is int64
-
-// Tasks differ in length (blocks at an edge, global rows), so threads take one after the other
-// instead of a share each. An exception must not pass torch's C interface: the first one is kept,
-// the tasks not yet begun are skipped, and the caller's thread throws it.
-struct Tasks {
-  int64_t num_tasks;
-  void (*body)(void* context, int64_t task);
-  void* context;
-  std::atomic<int64_t> next{0};
-  std::atomic_flag has_error{};
-  std::exception_ptr error{};
-
-  void drain() noexcept {
-    int64_t task;
-    while ((task = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks) {
-      try {
-        body(context, task);
-      } catch (...) {
-        if (!has_error.test_and_set()) error = std::current_exception();
-        next.store(num_tasks, std::memory_order_relaxed);
-      }
-    }
-  }
-};
-
-// On the threads of torch.set_num_threads; on this one alone when it is one of them.
-void parallel_for(int64_t num_tasks, void (*body)(void* context, int64_t task), void* context) {
-  Tasks tasks{num_tasks, body, context};
-  const int64_t threads = std::min<int64_t>(num_tasks, torch::stable::get_num_threads());
-  if (threads <= 1) {
-    tasks.drain();
-  } else {
-    torch::stable::parallel_for(0, threads, 1, [&tasks](int64_t, int64_t) { tasks.drain(); });
-  }
-  if (tasks.error) std::rethrow_exception(tasks.error);
-}
 
 struct Call {
   Tensor q_BNHD, k_BMHD, v_BMHD;
@@ -86,54 +43,56 @@ struct Call {
   int64_t q_offset;
 };
 
-void check_tensor(const char* name, const Tensor& x, ScalarType dtype,
-                  std::initializer_list<int64_t> shape) {
-  const auto sizes = x.sizes();
-  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name,
-                  " has another shape than q asks for");
-  STD_TORCH_CHECK(x.scalar_type() == dtype, name, " has another dtype than wanted");
-}
-
-// Checks and, if it is not contiguous, replaces x.
-template <typename T>
-const T* values(const char* name, MaybeTensor& x, ScalarType dtype,
-                std::initializer_list<int64_t> shape) {
-  if (!x) return nullptr;
-  check_tensor(name, *x, dtype, shape);
-  if (!x->is_contiguous()) x = torch::stable::contiguous(*x);
-  return static_cast<const T*>(x->const_data_ptr());
-}
+int32_t device_of(const Tensor& x) { return x.is_cuda() ? x.get_device_index() : -1; }
 
 TensorBNHD strided(const Tensor& x, void* data) {
   return {data, x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// Checks and, if the numbers of a head do not lie side by side, replaces x. Any other strides are
-// as good: views of one fused projection and expanded batches are read in place.
-TensorBNHD read(const char* name, Tensor& x, ScalarType dtype,
-                std::initializer_list<int64_t> shape) {
-  check_tensor(name, x, dtype, shape);
-  if (x.stride(3) != 1 && x.size(3) != 1) x = torch::stable::contiguous(x);
-  return strided(x, const_cast<void*>(x.const_data_ptr()));
-}
+// Checks the tensors of a call, and replaces those that the kernels cannot read as they are.
+struct Reader {
+  int32_t device;         // as of device_of
+  int64_t row_alignment;  // bytes
 
-// The first touch of every 4 KiB page is a fault; that of a huge page of 2 MiB costs little more.
-void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t num_bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const uintptr_t start = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t stop = (reinterpret_cast<uintptr_t>(data) + num_bytes) / kPage * kPage;
-  // A wish: where it is not granted, all works as before.
-  if (start < stop) (void)madvise(reinterpret_cast<void*>(start), stop - start, MADV_HUGEPAGE);
-#endif
-}
+  void check(const char* name, const Tensor& x, ScalarType dtype,
+             std::initializer_list<int64_t> shape) const {
+    const auto sizes = x.sizes();
+    STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name,
+                    " has another shape than q asks for");
+    STD_TORCH_CHECK(x.scalar_type() == dtype, name, " has another dtype than wanted");
+    STD_TORCH_CHECK(device_of(x) == device, name, " is on another device than q");
+  }
 
-Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
-                ScalarType dtype) {
-  Tensor made = torch::stable::new_empty(like, shape, dtype);
-  advise_huge_pages(made.mutable_data_ptr(), made.numel() * (dtype == ScalarType::Float ? 4 : 2));
-  return made;
-}
+  // A tensor that is read as one piece.
+  template <typename T>
+  const T* values(const char* name, MaybeTensor& x, ScalarType dtype,
+                  std::initializer_list<int64_t> shape) const {
+    if (!x) return nullptr;
+    check(name, *x, dtype, shape);
+    if (!x->is_contiguous()) x = torch::stable::contiguous(*x);
+    return static_cast<const T*>(x->const_data_ptr());
+  }
+
+  // One whose heads' numbers must lie side by side. Any other strides are as good: views of one
+  // fused projection and expanded batches are read in place.
+  TensorBNHD rows(const char* name, Tensor& x, ScalarType dtype,
+                  std::initializer_list<int64_t> shape) const {
+    check(name, x, dtype, shape);
+    if (x.stride(3) != 1 && x.size(3) != 1) x = torch::stable::contiguous(x);
+    if (!is_aligned(x)) x = torch::stable::contiguous(x);
+    if (!is_aligned(x)) x = torch::stable::clone(x);  // contiguous, but begins at an odd place
+    return strided(x, const_cast<void*>(x.const_data_ptr()));
+  }
+
+  bool is_aligned(const Tensor& x) const {
+    const int64_t num_bytes = x.scalar_type() == ScalarType::Float ? 4 : 2;
+    bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % row_alignment == 0;
+    for (int64_t i = 0; i < 3; ++i) {
+      aligned = aligned && (x.size(i) == 1 || x.stride(i) * num_bytes % row_alignment == 0);
+    }
+    return aligned;
+  }
+};
 
 TensorBNHD written(const Tensor& x) { return strided(x, x.mutable_data_ptr()); }
 
@@ -200,8 +159,10 @@ void check_sizes(const Call& call) {
 }
 
 // Checks all of the call and points at its tensors, which must outlive `params`.
-void fill(AttentionParams& params, Call& call) {
+template <class Where>
+void fill(AttentionParams& params, Call& call, const Reader& reader) {
   check_sizes(call);
+  Where::check_head_size(call.q_BNHD.size(3));
   const ScalarType dtype = call.q_BNHD.scalar_type();
   params.dtype = dtype_of(call.q_BNHD);
   const int64_t B = params.B = call.q_BNHD.size(0);
@@ -217,24 +178,29 @@ void fill(AttentionParams& params, Call& call) {
   params.scale = static_cast<float>(call.scale);
   params.drop_below = static_cast<int32_t>(call.drop_below);
 
-  params.q = read("q", call.q_BNHD, dtype, {B, N, H, D});
-  params.k = read("k", call.k_BMHD, dtype, {B, M, H, D});
-  params.v = read("v", call.v_BMHD, dtype, {B, M, H, D});
+  params.q = reader.rows("q", call.q_BNHD, dtype, {B, N, H, D});
+  params.k = reader.rows("k", call.k_BMHD, dtype, {B, M, H, D});
+  params.v = reader.rows("v", call.v_BMHD, dtype, {B, M, H, D});
   if (call.global_index_BG) {
-    params.q_global = read("q_global", *call.q_global_BGHD, dtype, {B, G, H, D});
-    params.k_global = read("k_global", *call.k_global_BMHD, dtype, {B, M, H, D});
-    params.v_global = read("v_global", *call.v_global_BMHD, dtype, {B, M, H, D});
+    params.q_global = reader.rows("q_global", *call.q_global_BGHD, dtype, {B, G, H, D});
+    params.k_global = reader.rows("k_global", *call.k_global_BMHD, dtype, {B, M, H, D});
+    params.v_global = reader.rows("v_global", *call.v_global_BMHD, dtype, {B, M, H, D});
   }
-  params.padding_BM = values<uint8_t>("padding_BM", call.padding_BM, ScalarType::Bool, {B, M});
-  params.document_BM = values<int64_t>("document_BM", call.document_BM, ScalarType::Long, {B, M});
+  params.padding_BM =
+      reader.values<uint8_t>("padding_BM", call.padding_BM, ScalarType::Bool, {B, M});
+  params.document_BM =
+      reader.values<int64_t>("document_BM", call.document_BM, ScalarType::Long, {B, M});
   params.global_index_BG =
-      values<int64_t>("global_index_BG", call.global_index_BG, ScalarType::Long, {B, G});
+      reader.values<int64_t>("global_index_BG", call.global_index_BG, ScalarType::Long, {B, G});
   params.dropout_seed_B =
-      values<int64_t>("dropout_seed_B", call.dropout_seed_B, ScalarType::Long, {B});
-  if (params.G > 0) check_index(params);
-  if (params.document_BM != nullptr) check_documents(params);
+      reader.values<int64_t>("dropout_seed_B", call.dropout_seed_B, ScalarType::Long, {B});
+  if constexpr (Where::kReadsValues) {
+    if (params.G > 0) check_index(params);
+    if (params.document_BM != nullptr) check_documents(params);
+  }
 }
 
+template <class Where>
 std::tuple<Tensor, Tensor> forward(Tensor q_BNHD, Tensor k_BMHD, Tensor v_BMHD,
                                    MaybeTensor q_global_BGHD, MaybeTensor k_global_BMHD,
                                    MaybeTensor v_global_BMHD, MaybeTensor padding_BM,
@@ -246,19 +212,21 @@ std::tuple<Tensor, Tensor> forward(Tensor q_BNHD, Tensor k_BMHD, Tensor v_BMHD,
       q_BNHD,     k_BMHD,      v_BMHD,          q_global_BGHD,  k_global_BMHD,    v_global_BMHD,
       padding_BM, document_BM, global_index_BG, dropout_seed_B, one_sided_window, dilation_of_heads,
       causal,     drop_below,  scale,           q_offset};
+  const Where where(q_BNHD);
   AttentionParams params;
-  fill(params, call);
+  fill<Where>(params, call, {device_of(q_BNHD), Where::kRowAlignment});
   const int64_t B = params.B, N = params.N, H = params.H;
-  Tensor out_BNHD = allocate(q_BNHD, q_BNHD.sizes(), q_BNHD.scalar_type());
-  Tensor lse_BNH = allocate(q_BNHD, {B, N, H}, ScalarType::Float);
+  Tensor out_BNHD = Where::allocate(q_BNHD, q_BNHD.sizes(), q_BNHD.scalar_type());
+  Tensor lse_BNH = Where::allocate(q_BNHD, {B, N, H}, ScalarType::Float);
   if (B > 0) {
     params.out = written(out_BNHD);
     params.lse_BNH = static_cast<float*>(lse_BNH.mutable_data_ptr());
-    attention_forward_cpu(params, parallel_for);
+    where.run(params);
   }
   return {out_BNHD, lse_BNH};
 }
 
+template <class Where>
 std::vector<Tensor> backward(Tensor dout_BNHD, Tensor out_BNHD, Tensor lse_BNH, Tensor q_BNHD,
                              Tensor k_BMHD, Tensor v_BMHD, MaybeTensor q_global_BGHD,
                              MaybeTensor k_global_BMHD, MaybeTensor v_global_BMHD,
@@ -270,18 +238,21 @@ std::vector<Tensor> backward(Tensor dout_BNHD, Tensor out_BNHD, Tensor lse_BNH, 
       q_BNHD,     k_BMHD,      v_BMHD,          q_global_BGHD,  k_global_BMHD,    v_global_BMHD,
       padding_BM, document_BM, global_index_BG, dropout_seed_B, one_sided_window, dilation_of_heads,
       causal,     drop_below,  scale,           q_offset};
+  const Where where(q_BNHD);
+  const Reader reader{device_of(q_BNHD), Where::kRowAlignment};
   AttentionBackwardParams params;
-  fill(params, call);
+  fill<Where>(params, call, reader);
   const ScalarType dtype = q_BNHD.scalar_type();
   const int64_t B = params.B, N = params.N, H = params.H, D = params.D;
-  params.dout = read("dout", dout_BNHD, dtype, {B, N, H, D});
-  params.out = read("out", out_BNHD, dtype, {B, N, H, D});
+  params.dout = reader.rows("dout", dout_BNHD, dtype, {B, N, H, D});
+  params.out = reader.rows("out", out_BNHD, dtype, {B, N, H, D});
   MaybeTensor lse = lse_BNH;
-  params.lse_BNH = const_cast<float*>(values<float>("lse", lse, ScalarType::Float, {B, N, H}));
+  params.lse_BNH =
+      const_cast<float*>(reader.values<float>("lse", lse, ScalarType::Float, {B, N, H}));
 
   std::vector<Tensor> gradients;
   const auto gradient_of = [&](const Tensor& x) {
-    gradients.push_back(allocate(x, x.sizes(), dtype));
+    gradients.push_back(Where::allocate(x, x.sizes(), dtype));
     return written(gradients.back());
   };
   params.dq = gradient_of(q_BNHD);
@@ -292,7 +263,7 @@ std::vector<Tensor> backward(Tensor dout_BNHD, Tensor out_BNHD, Tensor lse_BNH, 
     params.dk_global = gradient_of(*k_global_BMHD);
     params.dv_global = gradient_of(*v_global_BMHD);
   }
-  if (B > 0) attention_backward_cpu(params, parallel_for);
+  if (B > 0) where.run(params);
   return gradients;
 }
 
@@ -316,7 +287,8 @@ std::string kernel_facts() {
   return "compiler: " + std::string(kCompiler) + "\ntorch: " + TORCH_VERSION +
          "\nbuilt: " + level_names(cpu_level_compiled) +
          "\nmachine: " + level_names(cpu_level_runs) + "\nused: " + cpu_level_name(cpu_level()) +
-         "\nlargest head size: " + std::to_string(kLargestHeadSize);
+         "\nlargest head size: " + std::to_string(kLargestHeadSize) + "\ncuda: " + cuda_kernels() +
+         "\ncuda head sizes: " + kCudaHeadSizes;
 }
 
 // The same arguments in the same order as the portable operator: fused.py holds them together.
@@ -334,15 +306,30 @@ STABLE_TORCH_LIBRARY_FRAGMENT(longpretrain, library) {
       "lse_BNH, " LONGPRETRAIN_ARGUMENTS ") -> Tensor[]",
       tags);
   library.def("kernel_facts() -> str");
+  library.def("cuda_why_not(int device) -> str");
 }
 
+#ifdef LONGPRETRAIN_EMULATED
+using OnHost = OnCuda;  // for tests: every use of the operator runs what a GPU would
+#else
+using OnHost = OnCpu;
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(longpretrain, CPU, library) {
-  library.impl("sliding_attention_fused", TORCH_BOX(&forward));
-  library.impl("sliding_attention_fused_backward", TORCH_BOX(&backward));
+  library.impl("sliding_attention_fused", TORCH_BOX(&forward<OnHost>));
+  library.impl("sliding_attention_fused_backward", TORCH_BOX(&backward<OnHost>));
 }
+
+#ifdef WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(longpretrain, CUDA, library) {
+  library.impl("sliding_attention_fused", TORCH_BOX(&forward<OnCuda>));
+  library.impl("sliding_attention_fused_backward", TORCH_BOX(&backward<OnCuda>));
+}
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(longpretrain, CompositeExplicitAutograd, library) {
   library.impl("kernel_facts", TORCH_BOX(&kernel_facts));
+  library.impl("cuda_why_not", TORCH_BOX(&OnCuda::why_not));
 }
 
 }  // namespace

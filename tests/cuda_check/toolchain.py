@@ -1,0 +1,221 @@
+"""Compiles the CUDA sources with nvcc and reads the results; nothing is built twice.
+
+Every product lies in build/cuda_check under the hash of all that it is made from. The flags are
+those of CMakeLists.txt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+CUDA = CSRC / "cuda"
+BUILD = ROOT / "build" / "cuda_check"
+
+CHIPS = (80, 86, 89, 90)
+PTX_FOR_LATER = 90
+"""PTX of this version is in the library, for chips that came after it."""
+LATER_CHIPS = (100, 120)
+
+FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", f"-I{CSRC}")
+
+
+class ToolError(RuntimeError):
+    """A tool is missing or refused its input; the message is for the user."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """nvcc and what reads its output."""
+
+    nvcc: Path
+    nvdisasm: Path
+    nvcc_version: str
+    nvdisasm_version: str
+
+
+def find_toolchain() -> Toolchain:
+    """Raises ToolError naming what is missing and where to get it."""
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if nvcc is None:
+        raise ToolError(
+            "there is no nvcc on PATH or in CUDACXX; install the CUDA toolkit 13.0 or newer"
+        )
+    nvdisasm = _find_nvdisasm(Path(nvcc))
+    return Toolchain(Path(nvcc), nvdisasm, _version(Path(nvcc)), _version(nvdisasm))
+
+
+def _find_nvdisasm(nvcc: Path) -> Path:
+    beside = nvcc.resolve().with_name("nvdisasm")
+    # The package of install/cuda-tools.lock, which `make cuda-check` installs.
+    installed = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/nvdisasm"))
+    for candidate in [*installed[-1:], beside]:
+        if candidate.exists():
+            return candidate
+    raise ToolError(
+        "there is no nvdisasm, neither beside nvcc nor in this Python; run `make cuda-check`, "
+        "which installs install/cuda-tools.lock"
+    )
+
+
+def _version(tool: Path) -> str:
+    text = run([str(tool), "--version"])
+    found = re.search(r"\bV(\d+\.\d+\.\d+)", text)
+    if found is None:
+        raise ToolError(f"{tool} --version: no version in its answer: {text.strip()[:200]}")
+    return found[1]
+
+
+def run(command: Sequence[str], *, stdin: str | None = None, cwd: Path | None = None) -> str:
+    """Its standard output and error together; ToolError with all of it when it fails."""
+    result = subprocess.run(
+        command, input=stdin, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        check=False,
+    )  # fmt: skip
+    if result.returncode:
+        shown = " ".join(command)
+        raise ToolError(f"{shown}\nended with code {result.returncode}:\n{result.stdout.strip()}")
+    return result.stdout
+
+
+def sources() -> list[Path]:
+    """The kernels; host code of csrc/cuda is C++ and not among them."""
+    return sorted(CUDA.glob("*.cu"))
+
+
+def constant(name: str) -> int:
+    """A number that a header of csrc/cuda defines: here it has no second home."""
+    for header in sorted(CUDA.glob("*.h")):
+        text = header.read_text(encoding="utf-8")
+        if found := re.search(rf"constexpr \w+ {name} = (\d+)\b", text):
+            return int(found[1])
+    raise ToolError(f"no header of csrc/cuda says `constexpr ... {name} = ...`")
+
+
+def _fingerprint(tools: Toolchain, source: Path, *more: str) -> str:
+    digest = hashlib.sha256("\n".join([tools.nvcc_version, *FLAGS, *more]).encode())
+    headers = sorted([*CSRC.glob("*.h"), *CUDA.glob("*.h"), *CUDA.glob("*.inc")])
+    for path in [source, *headers]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """One source for one chip: the code, and what ptxas said of it."""
+
+    source: Path
+    chip: int
+    path: Path
+    log: str
+    is_from_ptx: bool = False
+
+
+def cubin(tools: Toolchain, source: Path, chip: int) -> Cubin:
+    """Compiles for a chip."""
+    arch = f"arch=compute_{chip},code=sm_{chip}"
+    command = [str(tools.nvcc), *FLAGS, "-gencode", arch, "-Xptxas", "-v", "-cubin", str(source)]
+    made = _made(_fingerprint(tools, source, arch), source, f"sm_{chip}.cubin", command)
+    return Cubin(source, chip, made, _log(made))
+
+
+def ptx(tools: Toolchain, source: Path, version: int = PTX_FOR_LATER) -> Path:
+    """PTX as the library holds it for later chips."""
+    arch = f"-arch=compute_{version}"
+    command = [str(tools.nvcc), *FLAGS, arch, "-ptx", str(source)]
+    return _made(_fingerprint(tools, source, arch), source, f"compute_{version}.ptx", command)
+
+
+def cubin_of_ptx(tools: Toolchain, source: Path, chip: int) -> Cubin:
+    """What the driver of a later chip would make of the PTX."""
+    text = ptx(tools, source)
+    command = [str(tools.nvcc), f"-arch=sm_{chip}", "-Xptxas", "-v", "-cubin", str(text)]
+    name = f"sm_{chip}.from_ptx.cubin"
+    made = _made(text.suffixes[0][1:], source, name, command)
+    return Cubin(source, chip, made, _log(made), is_from_ptx=True)
+
+
+def host_object(tools: Toolchain, source: Path) -> Path:
+    """The host's side, with PTX instead of code: quicker, and only the launches matter."""
+    arch = f"arch=compute_{CHIPS[0]},code=compute_{CHIPS[0]}"
+    command = [str(tools.nvcc), *FLAGS, "-gencode", arch, "-c", str(source)]
+    return _made(_fingerprint(tools, source, arch), source, "host.o", command)
+
+
+def _made(fingerprint: str, source: Path, kind: str, command: list[str]) -> Path:
+    """The product's path; made first if it is not there, and older ones of its kind removed."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    product = BUILD / f"{source.stem}.{fingerprint}.{kind}"
+    if not product.exists():
+        for old in BUILD.glob(f"{source.stem}.*.{kind}*"):
+            old.unlink()
+        part = product.with_name(f"{product.name}.part")
+        output = run([*command, "-o", str(part)])
+        product.with_name(f"{product.name}.log").write_text(output, encoding="utf-8")
+        part.rename(product)
+    return product
+
+
+def _log(product: Path) -> str:
+    return product.with_name(f"{product.name}.log").read_text(encoding="utf-8")
+
+
+def listing(tools: Toolchain, code: Cubin) -> str:
+    """nvdisasm's listing."""
+    return run([str(tools.nvdisasm), str(code.path)])
+
+
+def demangled(names: Sequence[str]) -> dict[str, str]:
+    """Mangled name -> as in the source, without namespace, result and parameters."""
+    if not names:
+        return {}
+    filt = shutil.which("c++filt")
+    if filt is None:
+        raise ToolError("there is no c++filt; install binutils (it comes with g++)")
+    shown = run([filt], stdin="\n".join(names)).splitlines()
+    return dict(zip(names, map(short_name, shown), strict=True))
+
+
+def short_name(demangled_name: str) -> str:
+    """``void longpretrain::cuda::f<longpretrain::cuda::T, 64>(P)`` -> ``f<T, 64>``."""
+    name = re.sub(r"\b(\w+::|\(anonymous namespace\)::)+", "", demangled_name)
+    depth = 0
+    for at, letter in enumerate(name):
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if letter == "(" and depth == 0 and at:
+            name = name[:at]
+            break
+    return name.removeprefix("void ").replace("(int)", "").replace("(bool)1", "true").strip()
+
+
+T = TypeVar("T")
+
+
+def in_parallel(jobs: int, tasks: Sequence[Callable[[], T]], what: str) -> list[T]:
+    """Results in order; says how far it is, as a build takes minutes."""
+    done: list[T] = []
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(task) for task in tasks]
+        for number, future in enumerate(futures, start=1):
+            try:
+                done.append(future.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+            if sys.stderr.isatty():
+                print(f"\r{what}: {number} of {len(tasks)}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    return done
