@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import Case, make_case
-from kernel_cases import BF16, F16, F32, assert_right, plain_pytorch, right_of
+from kernel_cases import BF16, F16, F32, assert_right, plain_pytorch, right_of, with_slots
 from operator_cases import with_masks
 from ptx.build import nvcc
 from ptx.calls import Call, operator
@@ -28,31 +28,43 @@ NEVER_LAUNCHED = {"nothing"}  # is only asked about, to see whether the GPU is n
 def cases(head_size: int) -> dict[str, tuple[str, Case]]:
     """Layout and numbers. Tiles are of 64 queries or keys, and of 16 slots; chunks of 256."""
 
-    def case(pattern: AttentionPattern, scale: float | None = None, **changes: Any) -> Case:
+    def case(
+        window: int,
+        dilation: int | tuple[int, ...] = 1,
+        *,
+        causal: bool = False,
+        scale: float | None = None,
+        **changes: Any,
+    ) -> Case:
+        pattern = AttentionPattern(window, dilation, causal)
         made = make_case(pattern, head_size=head_size, **({"batch": 1, "heads": 1} | changes))
         return with_masks(made, scale=scale)
 
-    everything = {"padding": True, "documents": True, "dropout_p": 0.2}
-    window = AttentionPattern
+    everything = {"padding": True, "documents": True, "dropout_p": 0.2, "slots": 5}
+    chunks = case(60, 2, causal=True, keys=1100, slots=20, padding=True, dropout_p=0.1)
     return {
-        "everything": (
-            "far",
-            case(window(30, (1, 3)), batch=2, heads=2, keys=150, slots=5, **everything),
-        ),
-        "tiles without a mask": ("plain", case(window(150), keys=450)),
+        "everything": ("far", case(30, (1, 3), batch=2, heads=2, keys=150, **everything)),
+        "tiles without a mask": ("plain", case(150, keys=450)),
+        "with dropout": ("plain", case(150, keys=450, dropout_p=0.3)),
         "causal": (
             "heads_first",
-            case(window(100, (1, 2), True), -0.7, heads=2, keys=300, slots=20, documents=True),
+            case(100, (1, 2), causal=True, scale=-0.7, heads=2, keys=300, slots=20, documents=True),
         ),
         "queries in the middle": (
             "gaps",
-            case(window(40), keys=330, q_offset=70, queries=200, slots=40, dropout_p=0.5),
+            case(40, keys=330, q_offset=70, queries=200, slots=40, dropout_p=0.5),
         ),
-        "several chunks": (
-            "plain",
-            case(window(60, 2, True), keys=1100, slots=20, padding=True, dropout_p=0.1),
-        ),
+        "several chunks": ("plain", with_idle_parts(chunks)),
+        "few tokens": ("plain", case(9, keys=40, q_offset=5, slots=3)),
+        "and dropout": ("plain", case(9, scale=-1.3, keys=40, q_offset=5, slots=3, dropout_p=0.5)),
     }
+
+
+def with_idle_parts(case: Case) -> Case:
+    """Tiles of nothing but padding, and queries before all global tokens."""
+    padding_BN = case.masks["padding_BN"].clone()
+    padding_BN[:, -450:-100] = True
+    return with_slots(with_masks(case, padding_BN=padding_BN), list(range(400, 1100, 60)))
 
 
 def assert_near_plain_pytorch(

@@ -19,8 +19,10 @@ struct Shape {
   // than there are.
   static constexpr int kStrips = kIs16Bit<T> && D <= 64 ? 2 : 1;
   static constexpr int kThreads = kTokenTile / (kStrips * kStripRows) * kWarp;
-  static constexpr int kBlocks = kIs16Bit<T> ? (D == 32 ? 5 : D == 64 ? 4 : 2) : D == 32 ? 2 : 1;
-  static constexpr int kQueries = rows_of_tile<T, D>();
+  // Of a multiprocessor, at once: how many registers the compiler may give a thread.
+  static constexpr int kBlocks = kIs16Bit<T> ? (D <= 64 ? 4 : 2) : D == 32 ? 2 : 1;
+  // With 64 of them only three blocks had room on sm_80.
+  static constexpr int kQueries = kIs16Bit<T> && D == 64 ? 32 : rows_of_tile<T, D>();
   // Keys of 16 bits, and short values too, move on to registers, and their place to queries.
   static constexpr bool kValuesMove = kIs16Bit<T> && D == 32;
 
@@ -171,9 +173,12 @@ struct WindowBackwardKeys {
       if (any) {
         const bool all_count = sight.all.has(query) && sight.all.has(query + kQueries - 1);
         if (p.drop_below != 0) {
-          all_count ? add_tile<false, true>(stage, query) : add_tile<true, true>(stage, query);
+          draw(query);
+          add_tile<true, true>(stage, query);  // one more kind of body takes too many registers
+        } else if (all_count) {
+          add_tile<false, false>(stage, query);
         } else {
-          all_count ? add_tile<false, false>(stage, query) : add_tile<true, false>(stage, query);
+          add_tile<true, false>(stage, query);
         }
       }
       stage ^= 1;
@@ -212,7 +217,6 @@ struct WindowBackwardKeys {
   template <bool kMasked, bool kDropout>
   __device__ __forceinline__ void add_tile(int stage, int32_t query) {
     const TileTD queries = query_tile(stage), douts = dout_tile(stage);
-    if constexpr (kDropout) draw(query);
 #pragma unroll 1
     for (int column = 0; column < kQueries; column += kPiece) {
       float weights[kStrips][kPieceTiles][4] = {}, gradients[kStrips][kPieceTiles][4] = {};

@@ -19,6 +19,7 @@ struct Shape {
   // than there are.
   static constexpr int kStrips = kIs16Bit<T> && D <= 64 ? 2 : 1;
   static constexpr int kThreads = kTokenTile / (kStrips * kStripRows) * kWarp;
+  // Of a multiprocessor, at once: how many registers the compiler may give a thread.
   static constexpr int kBlocks = kIs16Bit<T> ? (D == 32 ? 6 : D == 64 ? 4 : 2) : D == 32 ? 3 : 2;
   static constexpr int kKeys = rows_of_tile<T, D>();
 

@@ -62,6 +62,12 @@ __device__ __forceinline__ Range reach_of(const Problem& p, int32_t b, int32_t q
   return keys;
 }
 
+// Which of kTokenTile tokens, whose flags a FlagLoader has fetched, are no padding.
+__device__ __forceinline__ ColumnBits no_padding(uint32_t fetched) {
+  return {{__ballot_sync(~0u, (fetched & kPadding) == 0),
+           __ballot_sync(~0u, (fetched >> 16 & kPadding) == 0)}};
+}
+
 // Bit i: the weight of key key_of(i), of 16, is kept for the query at a position. Lanes l and l +
 // 16 are about the same query, share the work and both know the result. A key at -1 may get any
 // bit.
@@ -114,7 +120,10 @@ __device__ __forceinline__ void sum_over_warps(const float (&o)[D / 8][4], const
   }
   __syncthreads();
   constexpr int kPieces = D / 4;
-  for (int i = static_cast<int>(threadIdx.x); i < 16 * kPieces; i += kGlobalThreads) {
+  static_assert(16 * kPieces % kGlobalThreads == 0);
+#pragma unroll
+  for (int done = 0; done < 16 * kPieces; done += kGlobalThreads) {
+    const int i = done + static_cast<int>(threadIdx.x);
     float* row = row_of(i / kPieces);
     if (row == nullptr) continue;
     float4 sum = load_piece(sums.at(i / kPieces, i % kPieces));

@@ -49,15 +49,23 @@ struct GlobalColumns {
     const auto slot_row = [&](int row) { return key_of(row); };
     load_rows<T, D, kGlobalThreads, kSlotTile>(keys, p.k, block.b, block.h, slot_row);
     load_rows<T, D, kGlobalThreads, kSlotTile>(values, p.v, block.b, block.h, slot_row);
+    const ResidueClass tokens(p, 0, 1);
+    const int32_t begin = p.q_offset + block.begin, end = p.q_offset + block.end;
+    const FlagLoader flags(p, block.b, tokens, begin, end);
+    using Loader = StepLoader<T, D, kGlobalThreads>;
+    Loader query_loader(p.q, block.b, block.h, tokens, p.q_offset, begin, begin, end);
+    Loader dout_loader(p.dout, block.b, block.h, tokens, p.q_offset, begin, begin, end);
     clear(dk);
     clear(dv);
 #pragma unroll 1
     for (int32_t n = block.begin; n < block.end; n += kTokenTile) {
-      const auto row_of = [&](int row) { return local_query(n + row) < 0 ? -1 : n + row; };
-      load_rows<T, D, kGlobalThreads, kTokenTile>(queries, p.q, block.b, block.h, row_of);
-      load_rows<T, D, kGlobalThreads, kTokenTile>(douts, p.dout, block.b, block.h, row_of);
+      // Rows of global tokens and of padding are left out.
+      const ColumnBits live = live_columns(flags.fetch(p.q_offset + n));
+      query_loader.template load_live<kTokenTile>(queries, live.word);
+      dout_loader.template load_live<kTokenTile>(douts, live.word);
       copy_commit();
-      const int32_t query = local_query(n + 16 * warp_id() + lane_id() % 16);
+      const int own_row = 16 * warp_id() + lane_id() % 16;
+      const int32_t query = is_live(live, own_row) ? p.q_offset + n + own_row : -1;
       if (lane_id() < 16) columns[lane_id()] = column_of(p, block.b, block.h, query);
       copy_wait<0>();
       __syncthreads();
@@ -66,12 +74,6 @@ struct GlobalColumns {
     }
     leave(dk[0], 0);
     leave(dv[0], 1);
-  }
-
-  // The position of row n; -1 where it is that of a global token or of padding, or beyond the rows.
-  __device__ __forceinline__ int32_t local_query(int32_t n) const {
-    if (n >= block.end) return -1;
-    return p.flags_BM[p.token(block.b, p.q_offset + n)] == 0 ? p.q_offset + n : -1;
   }
 
   // `query`: the position of that of column lane % 16.

@@ -101,11 +101,6 @@ struct GlobalRows {
     __syncthreads();
   }
 
-  static __device__ __forceinline__ ColumnBits no_padding(uint32_t fetched) {
-    return {{__ballot_sync(~0u, (fetched & kPadding) == 0),
-             __ballot_sync(~0u, (fetched >> 16 & kPadding) == 0)}};
-  }
-
   __device__ __forceinline__ void add_keys(int32_t first, int32_t end) {
     using Loader = StepLoader<T, D, kGlobalThreads>;
     Loader key_loader(p.k_global, block.b, block.h, tokens, 0, first, 0, end);

@@ -97,15 +97,22 @@ struct GlobalRowsBackward {
         stage(reinterpret_cast<float*>(shared + kTileBytes<T, D> + kColumnBytes)) {}
 
   __device__ __forceinline__ void run() {
+    const ResidueClass tokens(p, 0, 1);
+    const FlagLoader flags(p, block.b, tokens, 0, block.end);
+    using Loader = StepLoader<T, D, kGlobalThreads>;
+    Loader key_loader(p.k_global, block.b, block.h, tokens, 0, block.begin, 0, block.end);
+    Loader value_loader(p.v_global, block.b, block.h, tokens, 0, block.begin, 0, block.end);
 #pragma unroll 1
     for (int32_t key = block.begin; key < block.end; key += kTokenTile) {
-      const auto row_of = [&](int row) { return live_key(key + row); };
-      load_rows<T, D, kGlobalThreads, kTokenTile>(keys, p.k_global, block.b, block.h, row_of);
-      load_rows<T, D, kGlobalThreads, kTokenTile>(values, p.v_global, block.b, block.h, row_of);
+      const ColumnBits live = no_padding(flags.fetch(key));
+      key_loader.template load_live<kTokenTile>(keys, live.word);
+      value_loader.template load_live<kTokenTile>(values, live.word);
       copy_commit();
 #pragma unroll
-      for (int x = 0; x < 2; ++x)
-        own_key[x] = live_key(key + 16 * warp_id() + lane_id() / 4 + 8 * x);
+      for (int x = 0; x < 2; ++x) {
+        const int row = 16 * warp_id() + lane_id() / 4 + 8 * x;
+        own_key[x] = is_live(live, row) ? key + row : -1;
+      }
       clear(dk);
       clear(dv);
 #pragma unroll 1
@@ -115,12 +122,6 @@ struct GlobalRowsBackward {
       write(key);
       __syncthreads();
     }
-  }
-
-  // -1 instead of padding, and behind the last key.
-  __device__ __forceinline__ int32_t live_key(int32_t key) const {
-    const bool is_live = key < block.end && (p.flags_BM[p.token(block.b, key)] & kPadding) == 0;
-    return is_live ? key : -1;
   }
 
   __device__ __forceinline__ void add_slots(int32_t first_slot, int32_t first_key) {

@@ -42,9 +42,8 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads,
                              cudaGetErrorString(error));
   }
 #else
-  static_cast<void>(name);
   static_cast<void>(stream);
-  emulation::launch(kernel, grid, dim3(threads), shared_bytes, args...);
+  emulation::launch(name, kernel, grid, dim3(threads), shared_bytes, args...);
 #endif
 }
 

@@ -67,7 +67,9 @@ struct RowsInTile {
   __device__ __forceinline__ void negate() {
     constexpr int kPieces = Tile<T, D>::kPieces;
     constexpr uint32_t kSigns = kIs16Bit<T> ? 0x80008000u : 0x80000000u;
-    for (int i = lane_id(); i < 16 * kPieces; i += kWarp) {
+#pragma unroll
+    for (int done = 0; done < 16 * kPieces; done += kWarp) {
+      const int i = done + lane_id();
       uint4& piece = *reinterpret_cast<uint4*>(tile.at(first + i / kPieces, i % kPieces));
       piece = make_uint4(piece.x ^ kSigns, piece.y ^ kSigns, piece.z ^ kSigns, piece.w ^ kSigns);
     }
@@ -245,7 +247,8 @@ __device__ __forceinline__ void store_rows(const float (&o)[D / 8][4], const flo
   __syncwarp();
   constexpr int kPieces = Tile<T, D>::kPieces;
 #pragma unroll
-  for (int i = lane; i < 16 * kPieces; i += kWarp) {
+  for (int done = 0; done < 16 * kPieces; done += kWarp) {
+    const int i = done + lane;
     typename T::Storage* row = row_of(i / kPieces);
     if (row != nullptr) {
       reinterpret_cast<uint4*>(row)[i % kPieces] =

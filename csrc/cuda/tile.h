@@ -113,8 +113,12 @@ class StepLoader {
 template <class T, int D, int kThreads, int kRows, class RowOf>
 __device__ __forceinline__ void load_rows(const Tile<T, D>& tile, const TensorBNHD& x, int32_t b,
                                           int32_t h, RowOf row_of) {
-  constexpr int kPieces = Tile<T, D>::kPieces;
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kPieces; i += kThreads) {
+  constexpr int kPieces = Tile<T, D>::kPieces, kTotal = kRows * kPieces;
+  // The compiler does not know that threadIdx.x is below kThreads, but how often this goes round.
+#pragma unroll
+  for (int done = 0; done < kTotal; done += kThreads) {
+    const int i = done + static_cast<int>(threadIdx.x);
+    if (kTotal % kThreads != 0 && i >= kTotal) break;
     const int row = i / kPieces, piece = i % kPieces;
     const int64_t n = row_of(row);
     const typename T::Storage* from = head_of<T>(x, b, h) + (n < 0 ? 0 : n) * x.stride_N;

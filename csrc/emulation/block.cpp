@@ -2,7 +2,6 @@
 
 #include <bit>
 #include <cstring>
-#include <new>
 
 #include "grid.h"
 #include "report.h"
@@ -38,13 +37,10 @@ uint64_t Random::draw() {  // SplitMix64
 uint64_t mixed(uint64_t a, uint64_t b) { return Random{Random{a}.draw() ^ b}.draw(); }
 
 Block::Block()
-    : stacks_(kLargestBlock),
-      lanes_(std::make_unique<Lane[]>(kLargestBlock)),
-      warps_(std::make_unique<Warp[]>(kWarps)) {
+    : lanes_(std::make_unique<Lane[]>(kLargestBlock)), warps_(std::make_unique<Warp[]>(kWarps)) {
   for (int i = 0; i < kLargestBlock; ++i) {
     lanes_[i].lane = i % kWarpSize;
     lanes_[i].warp = &warps_[i / kWarpSize];
-    stacks_.give(lanes_[i].fiber, i);
   }
   for (int i = 0; i < kWarps; ++i) {
     warps_[i].block = this;
@@ -180,13 +176,21 @@ void Block::exit(Lane& lane) {
   std::abort();  // not reached
 }
 
-// --- the block's barrier -------------------------------------------------------------------------
+// --- tags of the thread sanitizer ----------------------------------------------------------------
+
+// Each of two or four that take turns: a thread may be at the next barrier before another has left
+// this one, but not at the one after.
+char* Block::barrier_tag() const { return shared.tag(phase_ & 1); }
 
 char* Block::end_tag(int blocks_ago) const {
-  return shared.tag(2 + 4 * kWarps + ((num_runs_ + blocks_ago) & 1));
+  return shared.tag(2 + ((num_runs_ + blocks_ago) & 1));
 }
 
-char* Block::barrier_tag() const { return shared.tag(phase_ & 1); }
+char* Block::warp_tag(const Warp& warp, int number) const {
+  return shared.tag(4 + 4 * warp.index + number % 4);
+}
+
+// --- the block's barrier -------------------------------------------------------------------------
 
 bool Block::barrier(Lane& lane, Barrier kind, bool predicate, Where where) {
   const Unwatched unwatched;
@@ -200,7 +204,6 @@ bool Block::barrier(Lane& lane, Barrier kind, bool predicate, Where where) {
   }
   all_true_ &= predicate;
   any_true_ |= predicate;
-  // A thread may be at the next barrier before another has left this one, but not at the one after.
   char* tag = barrier_tag();
   order_release(tag);
   if (num_at_barrier_ + num_exited_ < num_threads_) {
@@ -208,16 +211,15 @@ bool Block::barrier(Lane& lane, Barrier kind, bool predicate, Where where) {
   } else if (num_exited_ > 0) {
     fail("divergent barrier: some threads have ended, the others wait in __syncthreads");
   } else {
-    release_barrier();
-    lane.warp->ready &= ~(1u << lane.lane);
-    if (lane.warp->ready == 0) ready_warps_ &= ~(1u << lane.warp->index);
+    release_barrier(lane);
     give_way(lane);
   }
   order_acquire(tag);
   return result_;
 }
 
-void Block::release_barrier() {
+// All go on but the last to arrive, who is running.
+void Block::release_barrier(Lane& last) {
   result_ = barrier_kind_ == Barrier::kOr ? any_true_ : all_true_;
   all_true_ = true;
   any_true_ = false;
@@ -225,7 +227,10 @@ void Block::release_barrier() {
   ++phase_;
   ++counters.barriers;
   count_conflicts();
-  for (int i = 0; i < num_threads_; ++i) make_ready(lanes_[i]);
+  last.state = State::kReady;
+  for (int i = 0; i < num_threads_; ++i) {
+    if (&lanes_[i] != &last) make_ready(lanes_[i]);
+  }
 }
 
 bool barrier(Barrier kind, bool predicate, Where where) {
@@ -233,10 +238,6 @@ bool barrier(Barrier kind, bool predicate, Where where) {
 }
 
 // --- meetings of a warp --------------------------------------------------------------------------
-
-char* Block::warp_tag(const Warp& warp, int number) const {
-  return shared.tag(2 + 4 * warp.index + number % 4);
-}
 
 Meeting& Block::join_meeting(Lane& lane, Op op, uint32_t mask, Where where) {
   Warp& warp = *lane.warp;
@@ -264,7 +265,6 @@ void Block::meet(Lane& lane, Op op, uint32_t mask, Where where, void (*act)(Warp
   Warp& warp = *lane.warp;
   lane.state = State::kInWarp;
   lane.op = op;
-  lane.mask = mask;
   lane.where = where;
   Meeting& meeting = join_meeting(lane, op, mask, where);
   // Only __syncwarp orders memory.
@@ -274,9 +274,9 @@ void Block::meet(Lane& lane, Op op, uint32_t mask, Where where, void (*act)(Warp
   if (meeting.arrived != mask) {
     wait(lane);
   } else {
-    meeting = warp.meetings.back();
+    meeting = warp.meetings.back();  // in its place
     warp.meetings.pop_back();
-    if (act != nullptr) act(warp, mask);
+    act(warp, mask);
     for (uint32_t rest = mask & ~(1u << lane.lane); rest != 0; rest &= rest - 1) {
       warp.lanes[std::countr_zero(rest)].state = State::kReady;
     }

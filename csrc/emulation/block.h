@@ -48,7 +48,6 @@ struct Lane : Thread {
   int lane = 0;  // of the warp
   State state = State::kReady;
   Op op = Op::kSyncWarp;
-  uint32_t mask = 0;
   Where where;  // it waits
   std::vector<Copy> copies;
   size_t first_copy = 0;           // that has not been waited for
@@ -86,7 +85,7 @@ class Block {
   void run(const Launch& launch, uint3 index, uint64_t seed);
 
   bool barrier(Lane& lane, Barrier kind, bool predicate, Where where);
-  // Returns when all of `mask` have arrived, and the last one has run `act`, if any.
+  // Returns when all of `mask` have arrived, and the last one has run `act`.
   void meet(Lane& lane, Op op, uint32_t mask, Where where, void (*act)(Warp&, uint32_t mask));
   [[noreturn]] void exit(Lane& lane);
   // The kernel broke a rule: says so, tells where threads wait, and ends the process.
@@ -109,7 +108,7 @@ class Block {
   void give_way(Lane& lane);  // to a random lane, now and then
   Lane* pick();
   void run_next(Fiber& from, bool from_ends);
-  void release_barrier();
+  void release_barrier(Lane& last);
   void count_conflicts();
   char* warp_tag(const Warp& warp, int number) const;
   char* barrier_tag() const;
@@ -119,7 +118,6 @@ class Block {
   int num_threads_ = 0, num_exited_ = 0;
   uint32_t num_runs_ = 0;
   Fiber main_;
-  Stacks stacks_;
   std::unique_ptr<Lane[]> lanes_;
   std::unique_ptr<Warp[]> warps_;
 

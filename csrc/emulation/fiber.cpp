@@ -14,28 +14,25 @@ namespace {
 
 constexpr size_t kPage = 4096;
 constexpr size_t kStackBytes = 64 * kPage;
-// One page more than a power of two, so that equal frames of two fibers do not meet in a cache.
-constexpr size_t kPitch = kStackBytes + kPage;
+// With a page below that no one may touch. Not a power of two, so that equal frames of neighbouring
+// fibers do not meet in a cache.
+constexpr size_t kMappedBytes = kStackBytes + kPage;
+
+void map_stack(Fiber& fiber) {
+  void* mapped = mmap(nullptr, kMappedBytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  mprotect(mapped, kPage, PROT_NONE);
+  fiber.mapped = mapped;
+  fiber.stack = static_cast<char*>(mapped) + kPage;
+  fiber.stack_bytes = kStackBytes;
+  (void)VALGRIND_STACK_REGISTER(fiber.stack, fiber.stack + kStackBytes);
+}
 
 }  // namespace
 
-Stacks::Stacks(int count) : count_(count) {
-  void* memory = mmap(nullptr, count * kPitch, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  memory_ = static_cast<char*>(memory);
-  for (int i = 0; i < count; ++i) {
-    char* start = memory_ + i * kPitch;
-    mprotect(start, kPage, PROT_NONE);
-    (void)VALGRIND_STACK_REGISTER(start + kPage, start + kPitch);
-  }
-}
-
-Stacks::~Stacks() { munmap(memory_, count_ * kPitch); }
-
-void Stacks::give(Fiber& fiber, int index) const {
-  fiber.stack = memory_ + index * kPitch + kPage;
-  fiber.stack_bytes = kStackBytes;
+Fiber::~Fiber() {
+  if (mapped != nullptr) munmap(mapped, kMappedBytes);
 }
 
 void become_fiber(Fiber& fiber) {
@@ -51,6 +48,7 @@ void become_fiber(Fiber& fiber) {
 }
 
 void begin_fiber(Fiber& fiber, void (*entry)()) {
+  if (fiber.mapped == nullptr) map_stack(fiber);
   if (has_thread_sanitizer() && fiber.of_thread_sanitizer == nullptr) {
     fiber.of_thread_sanitizer = __tsan_create_fiber(0);  // dear: kept for the next block
   }

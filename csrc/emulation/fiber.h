@@ -13,8 +13,14 @@
 namespace longpretrain::emulation {
 
 struct Fiber {
+  Fiber() = default;
+  ~Fiber();
+  Fiber(const Fiber&) = delete;
+  Fiber& operator=(const Fiber&) = delete;
+
   char* stack = nullptr;  // its lowest byte
   size_t stack_bytes = 0;
+  void* mapped = nullptr;  // the stack and what is below, if it is the fiber's own
 #ifdef LONGPRETRAIN_EMULATION_UCONTEXT
   ucontext_t context;
 #else
@@ -24,22 +30,8 @@ struct Fiber {
   void* of_address_sanitizer = nullptr;
 };
 
-// The stacks of an OS thread's fibers, each with a page below that no one may touch.
-class Stacks {
- public:
-  explicit Stacks(int count);
-  ~Stacks();
-  Stacks(const Stacks&) = delete;
-  Stacks& operator=(const Stacks&) = delete;
-  void give(Fiber& fiber, int index) const;
-
- private:
-  char* memory_;
-  int count_;
-};
-
 void become_fiber(Fiber& fiber);                  // the OS thread's own stack
-void begin_fiber(Fiber& fiber, void (*entry)());  // on a stack given before; entry never returns
+void begin_fiber(Fiber& fiber, void (*entry)());  // entry never returns
 void switch_fiber(Fiber& from, Fiber& to, bool from_ends);
 void enter_fiber();  // what a fiber does first
 

@@ -23,6 +23,8 @@ constexpr size_t kLargestParameters = 4096;
 // Under the thread sanitizer so many blocks in a row are unordered, so that it sees their races; an
 // object that runs one block after the other makes them appear in order.
 constexpr int kUnorderedBlocks = 4;
+constexpr int kMostThreads =
+    16;  // unless more are asked for: each takes memory for a block's stacks
 
 uint64_t number_from(const char* name) {
   const char* text = std::getenv(name);
@@ -146,7 +148,8 @@ void give_back(std::vector<std::unique_ptr<Block>> blocks, const char* kernel) {
 
 size_t threads_for(size_t num_blocks, int wanted) {
   if (wanted <= 0) {
-    wanted = is_watched() ? 1 : static_cast<int>(std::thread::hardware_concurrency());
+    const int cores = static_cast<int>(std::thread::hardware_concurrency());
+    wanted = is_watched() ? 1 : std::min(cores, kMostThreads);
   }
   return std::min<size_t>(std::max(wanted, 1), num_blocks);
 }

@@ -147,7 +147,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 // 0: threads and blocks in order. Else a random order of blocks, and in each block of its threads,
 // drawn from the seed, the number of the launch since, and the block: OS threads do not matter.
 void set_seed(uint64_t seed);  // or LONGPRETRAIN_EMULATION_SEED
-// OS threads; 0: all cores, or one where a sanitizer or valgrind watches.
+// OS threads; 0: all cores up to 16, or one where a sanitizer or valgrind watches.
 void set_threads(int threads);  // or LONGPRETRAIN_EMULATION_THREADS
 // Dynamic shared memory that a block may have; at first that of sm_80, 163 KiB.
 void set_shared_limit(size_t num_bytes);

@@ -24,7 +24,6 @@ class SharedMemory {
 
   char* start() const { return start_; }
   size_t num_bytes() const { return num_bytes_; }
-  size_t bytes_of_gaps() const;
   bool holds(const void* address, size_t num_bytes) const;
   uint32_t offset(const void* address) const {
     return static_cast<uint32_t>(static_cast<const char*>(address) - start_);

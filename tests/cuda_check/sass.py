@@ -26,8 +26,7 @@ _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 
 _WIDE = re.compile(r"U?IMAD\.(WIDE|HI)\.U32")
-
-_MANY = 1 << 20
+_MANY = 1 << 20  # more than any loop has products
 
 _LEAVES = {"EXIT", "RET"}
 _TURNS = {"BRA", "JMP"}

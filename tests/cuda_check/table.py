@@ -25,6 +25,7 @@ from cuda_check.toolchain import (
     host_object,
     in_parallel,
     listing,
+    ptx,
     sources,
 )
 
@@ -34,13 +35,11 @@ LOCAL = ("LDL", "STL")
 # A loop with fewer multiply-adds does not multiply tiles.
 LEAST_OF_A_PRODUCT = 32
 MULTIPLY_ADDS_OF_HMMA = 16 * 8 * 16
-# Products of tiles in a step: scores, output; scores, their gradient, dv, dk; scores, gradient, dq.
 PRODUCTS_OF_STEP = {
-    "window_forward_kernel": 2,
-    "backward_keys_kernel": 4,
-    "backward_queries_kernel": 3,
+    "window_forward_kernel": 2,  # scores, output
+    "backward_keys_kernel": 4,  # scores, their gradient, dv, dk
+    "backward_queries_kernel": 3,  # scores, their gradient, dq
 }
-TOKEN_TILE = constant("kTokenTile")
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,7 @@ def read_table(tools: Toolchain, chips: Sequence[int], jobs: int) -> list[Row]:
     launched = launches_of_kernels(tools)
     tasks = [partial(cubin, tools, source, chip) for chip in chips for source in found]
     if set(chips) == set(CHIPS):
+        in_parallel(jobs, [partial(ptx, tools, source) for source in found], "PTX")
         tasks += [partial(cubin_of_ptx, tools, source, c) for c in LATER_CHIPS for source in found]
     rows: list[Row] = []
     for code in in_parallel(jobs, tasks, "device code"):
@@ -173,7 +173,7 @@ def step_products(kernel: str, threads: int) -> int | None:
     found = re.match(r"(\w+)<\w+, (\d+)\b", kernel)
     if found is None or found[1] not in PRODUCTS_OF_STEP:
         return None
-    numbers = PRODUCTS_OF_STEP[found[1]] * TOKEN_TILE**2 * int(found[2])
+    numbers = PRODUCTS_OF_STEP[found[1]] * constant("kTokenTile") ** 2 * int(found[2])
     return numbers // MULTIPLY_ADDS_OF_HMMA // (threads // WARP)
 
 

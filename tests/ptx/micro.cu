@@ -1,5 +1,5 @@
-// Small kernels for the interpreter's own tests (../test_ptx_machine.py): what control flow, barriers
-// and memories do, and one kernel for each fault that the interpreter must see.
+// Small kernels for the interpreter's own tests (../test_ptx_machine.py): what control flow,
+// barriers and memories do, and one kernel for each fault that the interpreter must see.
 #include <cstdint>
 
 namespace {
