@@ -12,9 +12,10 @@ KERNELS := CMakeLists.txt pyproject.toml $(shell find csrc)
 JOBS ?= 2
 SANITIZE_TESTS = tests/test_attention_*.py tests/test_properties_attention.py
 SANITIZED := build/sanitize
+EMULATED := build/emulated
 SANITIZERS := UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=max_malloc_fill_size=1073741824:malloc_fill_byte=255
 
-.PHONY: help setup demo test exactness golden check sanitize sanitize-quick cuda-check gpu-check lock clean
+.PHONY: help setup demo test exactness golden check sanitize sanitize-quick emulate cuda-check gpu-check lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -25,7 +26,7 @@ setup: $(VENV)/.built  ## build .venv from the locks (about a minute) and the co
 demo: setup  ## the main job on real text: short model -> 4,096 tokens -> pretraining on 2 ranks -> HF export
 	python -m longpretrain.demo
 
-test: setup check sanitize-quick  ## everything a 2-core CPU machine can check
+test: setup check sanitize-quick emulate  ## everything a 2-core CPU machine can check
 	python -m pytest
 
 exactness: setup  ## every trainer, stage, rank count, resume and launcher compared; writes docs/exactness.md (18 minutes on two cores)
@@ -61,6 +62,16 @@ sanitize: sanitize-quick  ## sanitize-quick, and all tests of attention under th
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"; \
 	python -c 'from longpretrain.attention import why_not; raise SystemExit(why_not("fused"))' && \
 	python -m pytest -p no:cacheprovider --capture=sys $(SANITIZE_TESTS)
+
+# The same tests of the operator, but what runs is the CUDA kernels' source, on csrc/emulation.
+$(EMULATED)/_kernels.so: $(VENV)/.built $(KERNELS)
+	CXX=$(CXX) cmake -S . -B $(EMULATED) -G Ninja -DLONGPRETRAIN_EMULATED=ON --log-level=WARNING -Wno-unused-cli \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(VENV)/bin/python"
+	cmake --build $(EMULATED) -j $(JOBS)
+	touch $@
+
+emulate: $(EMULATED)/_kernels.so  ## the operator's tests on the source of the CUDA kernels, run by the emulator
+	LONGPRETRAIN_LIBRARY="$(CURDIR)/$<" python -m pytest -p no:cacheprovider tests/emulated tests/test_cuda_check.py
 
 # Needs nvcc, and no GPU. nvdisasm comes from its own lock, as nothing else needs it.
 cuda-check: setup $(VENV)/.cuda-tools  ## what nvcc makes of the CUDA kernels, held against csrc/cuda/budgets.json; writes docs/kernels.md

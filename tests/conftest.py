@@ -30,6 +30,10 @@ settings.register_profile("thorough", settings.get_profile("default"), derandomi
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+# Tests of the CUDA kernels on the emulator, which only `make emulate` has built and named.
+collect_ignore = [] if "emulated" in os.environ.get("LONGPRETRAIN_LIBRARY", "") else ["emulated"]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """GPU tests name their reason when there is no GPU."""
     import torch

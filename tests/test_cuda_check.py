@@ -117,6 +117,12 @@ def test_a_call_is_written_as_the_recorder_reads_it() -> None:
     assert f"kNumbers = {len(call.line().split())};" in source
 
 
+def test_a_source_is_built_anew_when_a_header_of_its_own_changes() -> None:
+    names = {path.name for path in toolchain.with_includes(toolchain.CUDA / "forward.cu")}
+    assert {"forward.cu", "tile.h", "attention.h", "launch.h"} <= names
+    assert not {"global.h", "backward.h"} & names
+
+
 def test_short_names() -> None:
     full = (
         "void longpretrain::cuda::(anonymous namespace)::f<longpretrain::cuda::T, 64, true>(X::P)"

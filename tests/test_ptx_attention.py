@@ -22,7 +22,14 @@ from longpretrain.attention import AttentionPattern
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="needs nvcc; there is none on PATH")
 
-NEVER_LAUNCHED = {"nothing"}  # is only asked about, to see whether the GPU is new enough
+# Basic blocks that no call can reach, of kernels whose name holds this
+OUT_OF_REACH = {
+    "nothing": 1,  # only asked about, to see whether the GPU is new enough
+    "sum_rows": 2,  # 64-bit divisions of more than 2**32 rows
+    "global_columns_kernel": 2,  # a chunk without a query: every chunk has one
+    "sum_key_gradients_kernel": 2,  # no chunk at all
+    "window_forward_kernel": 1,  # a block of queries without a tile of keys: each sees itself
+}
 
 
 def cases(head_size: int) -> dict[str, tuple[str, Case]]:
@@ -48,7 +55,7 @@ def cases(head_size: int) -> dict[str, tuple[str, Case]]:
         "with dropout": ("plain", case(150, keys=450, dropout_p=0.3)),
         "causal": (
             "heads_first",
-            case(100, (1, 2), causal=True, scale=-0.7, heads=2, keys=300, slots=20, documents=True),
+            case(100, (1, 2), causal=True, scale=-0.7, heads=2, keys=300, slots=40, documents=True),
         ),
         "queries in the middle": (
             "gaps",
@@ -56,7 +63,7 @@ def cases(head_size: int) -> dict[str, tuple[str, Case]]:
         ),
         "several chunks": ("plain", with_idle_parts(chunks)),
         "few tokens": ("plain", case(9, keys=40, q_offset=5, slots=3)),
-        "and dropout": ("plain", case(9, scale=-1.3, keys=40, q_offset=5, slots=3, dropout_p=0.5)),
+        "and dropout": ("plain", case(9, scale=-0.3, keys=40, q_offset=5, slots=3, dropout_p=0.5)),
     }
 
 
@@ -101,10 +108,10 @@ def test_kernels(dtype: torch.dtype, head_size: int, monkeypatch: pytest.MonkeyP
         if "INS0_" not in kernel or f"INS0_{kind}ELi{head_size}E" in kernel
         if (places := blocks_that_never_ran(program, kernel))
     }
-    assert not missed, missed
+    assert not missed, "\n".join(f"{kernel}: {places}" for kernel, places in missed.items())
 
 
 def blocks_that_never_ran(program: Program, kernel: str) -> list[str]:
-    if any(name in kernel for name in NEVER_LAUNCHED):
-        return []
-    return [f"line {x.line} ({program.source_of(x.line)})" for x in program.never_run(kernel)]
+    allowed = sum(count for name, count in OUT_OF_REACH.items() if name in kernel)
+    missed = [f"line {x.line} ({program.source_of(x.line)})" for x in program.never_run(kernel)]
+    return missed if len(missed) > allowed else []

@@ -106,10 +106,23 @@ def constant(name: str) -> int:
 
 def _fingerprint(tools: Toolchain, source: Path, *more: str) -> str:
     digest = hashlib.sha256("\n".join([tools.nvcc_version, *FLAGS, *more]).encode())
-    headers = sorted([*CSRC.glob("*.h"), *CUDA.glob("*.h"), *CUDA.glob("*.inc")])
-    for path in [source, *headers]:
+    for path in sorted(with_includes(source)):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def with_includes(source: Path) -> set[Path]:
+    """The file and all of ours that it includes, at any depth."""
+    found, todo = set(), [source.resolve()]
+    while todo:
+        path = todo.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in re.findall(r'^\s*#include "([^"]+)"', path.read_text("utf-8"), re.MULTILINE):
+            near = [folder / name for folder in (path.parent, CSRC) if (folder / name).exists()]
+            todo += [near[0].resolve()] if near else []
+    return found
 
 
 @dataclass(frozen=True)
