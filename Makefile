@@ -15,7 +15,7 @@ SANITIZED := build/sanitize
 EMULATED := build/emulated
 SANITIZERS := UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=max_malloc_fill_size=1073741824:malloc_fill_byte=255
 
-.PHONY: help setup demo test exactness golden check sanitize sanitize-quick emulate cuda-check gpu-check lock clean
+.PHONY: help setup demo test exactness golden check sanitize sanitize-quick emulate emulate-sanitized cuda-check gpu-check lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -26,7 +26,7 @@ setup: $(VENV)/.built  ## build .venv from the locks (about a minute) and the co
 demo: setup  ## the main job on real text: short model -> 4,096 tokens -> pretraining on 2 ranks -> HF export
 	python -m longpretrain.demo
 
-test: setup check sanitize-quick emulate  ## everything a 2-core CPU machine can check
+test: setup check sanitize-quick emulate emulate-sanitized  ## everything a 2-core CPU machine can check
 	python -m pytest
 
 exactness: setup  ## every trainer, stage, rank count, resume and launcher compared; writes docs/exactness.md (18 minutes on two cores)
@@ -63,6 +63,15 @@ sanitize: sanitize-quick  ## sanitize-quick, and all tests of attention under th
 	python -c 'from longpretrain.attention import why_not; raise SystemExit(why_not("fused"))' && \
 	python -m pytest -p no:cacheprovider --capture=sys $(SANITIZE_TESTS)
 
+# The CUDA kernels on the emulator, small cases in several orders of threads and blocks, under the same
+# sanitizers; the emulator tells them of barriers.
+emulate-sanitized: setup  ## the CUDA kernels, emulated, under the address, undefined-behaviour and thread sanitizers
+	set -e; for kind in address thread; do \
+	  CXX=$(CXX) cmake -S . -B $(EMULATED)-$$kind -G Ninja -DLONGPRETRAIN_EMULATED=ON -DLONGPRETRAIN_SANITIZE=$$kind \
+	    --log-level=WARNING -Wno-unused-cli -DPython_EXECUTABLE="$(CURDIR)/$(VENV)/bin/python"; \
+	  cmake --build $(EMULATED)-$$kind -j $(JOBS) --target emulated_kernels; \
+	  $(SANITIZERS) $$(setarch -R echo setarch -R 2>/dev/null) $(EMULATED)-$$kind/emulated_kernels 3; done
+
 # The same tests of the operator, but what runs is the CUDA kernels' source, on csrc/emulation.
 $(EMULATED)/_kernels.so: $(VENV)/.built $(KERNELS)
 	CXX=$(CXX) cmake -S . -B $(EMULATED) -G Ninja -DLONGPRETRAIN_EMULATED=ON --log-level=WARNING -Wno-unused-cli \
@@ -71,7 +80,7 @@ $(EMULATED)/_kernels.so: $(VENV)/.built $(KERNELS)
 	touch $@
 
 emulate: $(EMULATED)/_kernels.so  ## the operator's tests on the source of the CUDA kernels, run by the emulator
-	LONGPRETRAIN_LIBRARY="$(CURDIR)/$<" python -m pytest -p no:cacheprovider tests/emulated tests/test_cuda_check.py
+	LONGPRETRAIN_LIBRARY="$(CURDIR)/$<" python -m pytest -p no:cacheprovider tests/emulated tests/test_cuda_counts.py tests/test_cuda_check.py
 
 # Needs nvcc, and no GPU. nvdisasm comes from its own lock, as nothing else needs it.
 cuda-check: setup $(VENV)/.cuda-tools  ## what nvcc makes of the CUDA kernels, held against csrc/cuda/budgets.json; writes docs/kernels.md

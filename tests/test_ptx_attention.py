@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import Case, make_case
-from kernel_cases import BF16, F16, F32, assert_right, plain_pytorch, right_of, with_slots
+from kernel_cases import BF16, F16, F32, LIMIT, assert_right, plain_pytorch, right_of, with_slots
 from operator_cases import with_masks
 from ptx.build import nvcc
 from ptx.calls import Call, operator
@@ -55,7 +55,7 @@ def cases(head_size: int) -> dict[str, tuple[str, Case]]:
         "with dropout": ("plain", case(150, keys=450, dropout_p=0.3)),
         "causal": (
             "heads_first",
-            case(100, (1, 2), causal=True, scale=-0.7, heads=2, keys=300, slots=40, documents=True),
+            case(100, (1, 2), causal=True, scale=-0.7, heads=2, keys=300, slots=20, documents=True),
         ),
         "queries in the middle": (
             "gaps",
@@ -63,6 +63,7 @@ def cases(head_size: int) -> dict[str, tuple[str, Case]]:
         ),
         "several chunks": ("plain", with_idle_parts(chunks)),
         "few tokens": ("plain", case(9, keys=40, q_offset=5, slots=3)),
+        "many slots": ("plain", case(9, keys=60, slots=40)),
         "and dropout": ("plain", case(9, scale=-0.3, keys=40, q_offset=5, slots=3, dropout_p=0.5)),
     }
 
@@ -97,7 +98,7 @@ def test_kernels(dtype: torch.dtype, head_size: int, monkeypatch: pytest.MonkeyP
         found = Call(operator(), case, layout).run()
         print(name)
         if dtype == F32:
-            assert_right(found, right_of(case))
+            assert_right(found, right_of(case), 2 * LIMIT)
         else:
             assert_near_plain_pytorch(found, case, monkeypatch)
     kind = {F32: "7Float32", BF16: "8BFloat16", F16: "7Float16"}[dtype]

@@ -39,7 +39,7 @@ PLANTED: dict[str, tuple[torch.dtype, str, str, str]] = {
     "transposed": (BF16, PLAIN, TRANSPOSED + ".shared", WRONG),
     "matrices swapped": (BF16, '"=r"(r[1]), "=r"(r[2])', '"=r"(r[2]), "=r"(r[1])', WRONG),
     "half a copy": (BF16, "valid ? 16 : 0", "valid ? 8 : 0", WRONG),
-    "no zeros": (BF16, "valid ? 16 : 0", "16", "have none there"),
+    "no zeros": (BF16, "valid ? 16 : 0", "16", "and none there"),
     "no commit": (BF16, "cp.async.commit_group;", "", "still in flight"),
     "waits for all groups but one": (BF16, '"n"(kGroups)', '"n"(kGroups + 1)', "still in flight"),
     "low and high swapped, bf16": (BF16, "bf16x2.f32 %0, %1, %2", "bf16x2.f32 %0, %2, %1", WRONG),

@@ -55,8 +55,9 @@ __global__ void __launch_bounds__(kThreads) prepare_tokens(const Problem p) {
     const int64_t named = index_G[g];
     const bool is_inside = named >= 0 && named < p.M;
     if (is_inside ? named < first || named >= first + kThreads : first > 0) continue;
+    // In this order one thread alone looks at a token's flag, the one that may change it.
     const bool is_live =
-        is_inside && flags[named - first] != kPadding && !is_named_before(index_G, g);
+        is_inside && !is_named_before(index_G, g) && flags[named - first] != kPadding;
     if (is_live) flags[named - first] = kGlobal;
     p.slot_position_BG[int64_t{b} * p.G + g] = is_live ? static_cast<int32_t>(named) : -1;
   }

@@ -154,20 +154,23 @@ __device__ __forceinline__ Integer fresh(Integer x) {
 
 #else
 
+// `where` is the caller's line: the emulator names it when something is wrong.
 template <class T>
-inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  emulation::mma_m16n8k16(IsBFloat16<T>::value, d, a, b0, b1);
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                         emulation::Where where = emulation::Where::current()) {
+  emulation::mma_m16n8k16(IsBFloat16<T>::value, d, a, b0, b1, where);
 }
 
 template <bool kTransposed>
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row, uint32_t flip = 0,
-                        uint32_t offset = 0) {
+                        uint32_t offset = 0, emulation::Where where = emulation::Where::current()) {
   const uintptr_t address = (reinterpret_cast<uintptr_t>(shared_row) ^ flip) + offset;
-  emulation::ldmatrix_x4(kTransposed, r, reinterpret_cast<const void*>(address));
+  emulation::ldmatrix_x4(kTransposed, r, reinterpret_cast<const void*>(address), where);
 }
 
-inline void copy_async_16(void* shared, const void* global, bool valid) {
-  emulation::copy_async_16(shared, global, valid);
+inline void copy_async_16(void* shared, const void* global, bool valid,
+                          emulation::Where where = emulation::Where::current()) {
+  emulation::copy_async_16(shared, global, valid, where);
 }
 inline void copy_commit() { emulation::copy_commit(); }
 template <int kGroups>

@@ -32,6 +32,7 @@ from cuda_check.toolchain import (
 TENSOR = ("HMMA",)
 MULTIPLY_ADD = ("FFMA",)
 LOCAL = ("LDL", "STL")
+FROM_PTX = " from PTX"
 # A loop with fewer multiply-adds does not multiply tiles.
 LEAST_OF_A_PRODUCT = 32
 MULTIPLY_ADDS_OF_HMMA = 16 * 8 * 16
@@ -151,7 +152,7 @@ def rows_of(tools: Toolchain, code: Cubin, launched: dict[str, Launch]) -> list[
         shared = usage.static_shared_bytes + launch.shared_bytes
         row = Row(
             kernel=names[mangled],
-            chip=f"sm_{code.chip}" + (" from PTX" if code.is_from_ptx else ""),
+            chip=f"sm_{code.chip}" + (FROM_PTX if code.is_from_ptx else ""),
             registers=usage.registers,
             spill_bytes=usage.spill_bytes,
             stack_bytes=usage.stack_bytes,

@@ -75,7 +75,6 @@ class Operator:
         return cls(built.programs(), library)
 
     def __post_init__(self) -> None:
-        self.recorder = Recorder(self.library, self.programs)
         self.kernels = {
             stable_name(name): (program, name)
             for program in self.programs
@@ -90,10 +89,10 @@ class Operator:
         return found
 
     def launches(self, params: Params, backward: bool) -> list[Launch]:
-        self.recorder.launches.clear()
+        recorder = Recorder(self.library, self.programs)
         error = self.library.call(ctypes.byref(params), backward, ctypes.c_void_p(WORKSPACE))
         assert error is None, error
-        return self.recorder.launches
+        return recorder.launches
 
     def workspace(self, params: Params, backward: bool) -> list[Buffer]:
         """Each part as a buffer of its own, without what fills the gaps between them."""

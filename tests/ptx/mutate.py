@@ -30,7 +30,7 @@ OTHER_OPCODE = [
     (r"^setp\.lt\.", "setp.le."), (r"^setp\.le\.", "setp.lt."), (r"^setp\.gt\.", "setp.ge."),
     (r"^setp\.ge\.", "setp.gt."), (r"^setp\.eq\.", "setp.ne."), (r"^setp\.ne\.", "setp.eq."),
 ]  # fmt: skip
-ORDERED = re.compile(r"^(sub|div|setp|selp|shl|shr|shfl|cvt\.rn\.bf16x2)\b")
+ORDERED = re.compile(r"^(sub|div|setp\.[lg]|selp|shl|shr|shfl|cvt\.rn\.bf16x2)\b")
 DELETABLE = re.compile(r"^(st\.|bar\.sync|bar\.warp|cp\.async)")
 
 
@@ -95,7 +95,7 @@ def verdict(
         try:
             found = Call(changed, call.case, call.layout).run()
         except (PtxError, AssertionError) as error:
-            return "refused: " + re.sub(r"[\d`'%\[\]{}()].*", "", str(error).split("`: ")[-1])[:40]
+            return "refused: " + re.sub(r"\d+", "#", str(error).split("`: ")[-1])[:60]
         if any(error > 2 * usual[name] for name, error in errors(found, right).items()):
             return "wrong results"
     return "survived"
