@@ -80,7 +80,7 @@ $(EMULATED)/_kernels.so: $(VENV)/.built $(KERNELS)
 	touch $@
 
 emulate: $(EMULATED)/_kernels.so  ## the operator's tests on the source of the CUDA kernels, run by the emulator
-	LONGPRETRAIN_LIBRARY="$(CURDIR)/$<" python -m pytest -p no:cacheprovider tests/emulated tests/test_cuda_counts.py tests/test_cuda_check.py
+	LONGPRETRAIN_LIBRARY="$(CURDIR)/$<" python -m pytest -p no:cacheprovider tests/emulated
 
 # Needs nvcc, and no GPU. nvdisasm comes from its own lock, as nothing else needs it.
 cuda-check: setup $(VENV)/.cuda-tools  ## what nvcc makes of the CUDA kernels, held against csrc/cuda/budgets.json; writes docs/kernels.md

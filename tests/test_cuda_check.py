@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import os
 import re
 import shutil
 import subprocess
@@ -13,14 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from cuda_check import __main__ as command
 from cuda_check import flash, launches, toolchain, work
 from cuda_check.budgets import Target, compare, read_budgets, write_budgets
 from cuda_check.chips import A100, H100, LIMITS, RATES, blocks_per_sm
 from cuda_check.model import KernelTime, imbalance
 from cuda_check.report import budget_table
-from cuda_check.table import MULTIPLY_ADDS_OF_HMMA, Row, step_products
+from cuda_check.table import Row, step_products
 
 HERE = Path(__file__).resolve().parent
 NVCC = "13.0.88"
@@ -298,33 +295,3 @@ def test_time_of_a_kernel() -> None:
     assert time.expected_s(0.5) == pytest.approx(62e-6)
     launch = launches.Launch("f", (32, 16, 1), 128, 0)
     assert imbalance(launch, A100) == pytest.approx(5 * 108 / 512)
-
-
-@pytest.mark.parametrize(("tokens", "window"), [(700, 100), (500, 37)])
-def test_tiles_are_those_that_the_kernels_compute(tokens: int, window: int) -> None:
-    """The emulator counts the tensor instructions of forward and backward; so does work.py."""
-    from longpretrain.attention import AttentionPattern, sliding_attention, why_not
-    from longpretrain.attention.fused import kernel_facts
-
-    path = os.environ.get("LONGPRETRAIN_LIBRARY")
-    if path is None or why_not("fused") or kernel_facts().get("cuda") != "emulated":
-        pytest.skip("needs the emulated library in LONGPRETRAIN_LIBRARY")
-    emulator = ctypes.CDLL(path)
-    emulator.longpretrain_emulation_counters.restype = ctypes.c_char_p
-    emulator.longpretrain_emulation_reset_counters()
-    q, k, v = (
-        torch.zeros(1, tokens, 1, 64, dtype=torch.bfloat16).requires_grad_() for _ in range(3)
-    )
-    sliding_attention(q, k, v, AttentionPattern(window), backend="fused").sum().backward()
-    counted = emulator.longpretrain_emulation_counters().decode()
-    tilings = {
-        2: work.Tiling(128, 32, 32, 32, True),
-        4: work.Tiling(64, 32, 32, 1, False),
-        3: work.Tiling(64, 32, 64, 16, False),
-    }
-    expected = sum(
-        products * tiling.warp_rows * tiling.columns * 64 // MULTIPLY_ADDS_OF_HMMA
-        * work.count_tiles(tokens, window, tiling).warp_tiles
-        for products, tiling in tilings.items()
-    )  # fmt: skip
-    assert sum(map(int, re.findall(r"\bmma=(\d+)", counted))) == expected

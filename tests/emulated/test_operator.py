@@ -8,8 +8,6 @@ Letters: B batch row, N query, M key, H head, D number of a head, G slot of a gl
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import Case, make_case
+from emulation.library import emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import F32, check, check_cancelled, each_dtype, in_16_bits, some_of_all
@@ -50,9 +49,8 @@ FEATURES: dict[str, tuple[AttentionPattern, dict[str, Any]]] = {
 @pytest.fixture
 def schedule() -> Iterator[Any]:
     """Sets the order in which the emulator runs threads and blocks: a seed, 0 in order."""
-    library = ctypes.CDLL(os.environ["LONGPRETRAIN_LIBRARY"])
-    yield lambda seed: library.longpretrain_emulation_set_seed(ctypes.c_uint64(seed))
-    library.longpretrain_emulation_set_seed(ctypes.c_uint64(0))
+    yield emulator().set_seed
+    emulator().set_seed(0)
 
 
 def test_it_is_the_emulated_library() -> None:

@@ -1,6 +1,6 @@
 """What the emulator counts while the operator runs: conflicts, work; and no order changes a bit.
 
-Only where LONGPRETRAIN_LIBRARY names a library built with LONGPRETRAIN_EMULATED.
+As test_operator.py: only where LONGPRETRAIN_LIBRARY names the emulated library.
 
 Letters: B batch row, N query, H head, D number of a head, G slot of a global token.
 """
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cuda_check import work
+from cuda_check.model import MULTIPLY_ADDS_OF_HMMA
 from emulation.library import Emulator
 from emulation.library import emulator as find_emulator
 from torch import Tensor
@@ -24,8 +26,7 @@ CONFLICTS = ("ldmatrix_conflicts", "async_conflicts", "shared_conflicts")
 
 @pytest.fixture
 def emulator() -> Iterator[Emulator]:
-    if kernel_facts().get("cuda") != "emulated":
-        pytest.skip("the compiled library does not run the CUDA kernels on the emulator")
+    assert kernel_facts()["cuda"] == "emulated"
     found = find_emulator()
     found.reset_counters()
     yield found
@@ -97,3 +98,21 @@ def test_little_is_computed_in_vain(emulator: Emulator, window: int) -> None:
     useful = 2 * 2 * D * int(keys.sum())
     print(f"w={window}: computed / useful work {computed / useful:.3f}")
     assert computed / useful <= (1.30 if window == 256 else 1.5)
+
+
+@pytest.mark.parametrize(("tokens", "window"), [(700, 100), (500, 37)])
+def test_tiles_are_those_of_the_model(emulator: Emulator, tokens: int, window: int) -> None:
+    """docs/kernels.md counts tiles in Python: as many tensor instructions as are run here."""
+    q, k, v, dout = tensors(torch.bfloat16, tokens, 1, 64)
+    sliding_attention(q, k, v, AttentionPattern(window), backend="fused").backward(dout)
+    tilings = {  # of the forward, dk and dv, dq: products, and how each goes through its tiles
+        2: work.Tiling(128, 32, 32, 32, True),
+        4: work.Tiling(64, 32, 32, 1, False),
+        3: work.Tiling(64, 32, 64, 16, False),
+    }
+    expected = sum(
+        products * tiling.warp_rows * tiling.columns * 64 // MULTIPLY_ADDS_OF_HMMA
+        * work.count_tiles(tokens, window, tiling).warp_tiles
+        for products, tiling in tilings.items()
+    )  # fmt: skip
+    assert sum(counts["mma"] for counts in emulator.counters().values()) == expected
