@@ -15,7 +15,7 @@ SANITIZED := build/sanitize
 EMULATED := build/emulated
 SANITIZERS := UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=max_malloc_fill_size=1073741824:malloc_fill_byte=255
 
-.PHONY: help setup demo test exactness golden check sanitize sanitize-quick emulate emulate-sanitized cuda-check gpu-check lock clean
+.PHONY: help setup demo test exactness golden check sanitize sanitize-quick emulate emulate-sanitized cuda-check mutate gpu-check lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -86,6 +86,9 @@ emulate: $(EMULATED)/_kernels.so  ## the operator's tests on the source of the C
 cuda-check: setup $(VENV)/.cuda-tools  ## what nvcc makes of the CUDA kernels, held against csrc/cuda/budgets.json; writes docs/kernels.md
 	PYTHONPATH=tests python -m cuda_check budgets
 	PYTHONPATH=tests python -m cuda_check model docs/kernels.md
+
+mutate: setup  ## change PTX instructions of the kernels at random: how many changes do the cases notice? (needs nvcc; an hour)
+	PYTHONPATH=tests python -m ptx.mutate $(or $(MUTANTS),240)
 
 # The library is built with CUDA kernels even if it is current: it may have been built without.
 gpu-check: $(VENV)/.done  ## on a machine with a GPU: build, test, measure; writes benchmarks/results/gpu-*.md for an issue
