@@ -56,7 +56,7 @@ def describe_machine() -> dict[str, Any]:
         "instruction_sets": [flag for flag in _SHOWN_FLAGS if flag in flags],
         "cores": num_cores(),
         "memory_gib": round(memory_bytes / 2**30, 1),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "c_library": " ".join(platform.libc_ver()),
         "transparent_huge_pages": {
             name: _read(f"/sys/kernel/mm/transparent_hugepage/{name}")

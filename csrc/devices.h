@@ -148,7 +148,11 @@ class OnCuda {
 
 // A build without CUDA kernels.
 struct OnCuda {
-  static std::string why_not(int64_t) { return "the compiled library has no CUDA kernels"; }
+  static std::string why_not(int64_t) {
+    return "the compiled library has no CUDA kernels: with the CUDA toolkit (nvcc 12 or newer) "
+           "installed, "
+           "install longpretrain once more with LONGPRETRAIN_CUDA=1";
+  }
 };
 std::string cuda_kernels() { return "none"; }
 

@@ -38,6 +38,7 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads,
     error = cudaGetLastError();
   }
   if (error != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());  // told here, it is nobody else's
     throw std::runtime_error(describe_launch(name, grid, threads, shared_bytes) + ": " +
                              cudaGetErrorString(error));
   }
