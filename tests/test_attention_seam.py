@@ -60,11 +60,22 @@ def test_what_the_kernels_cannot_take(
 
 
 @needs_library
-def test_cuda_tensors_are_for_the_portable_backend() -> None:
+def test_cuda_tensors_without_cuda_kernels_are_for_the_portable_backend() -> None:
+    if fused.kernel_facts()["cuda"] != "none":
+        pytest.skip("this library has CUDA kernels")
     with FakeTensorMode():
-        x = torch.empty(1, 8, 2, 4, device="cuda")
+        x = torch.empty(1, 8, 2, 32, device="cuda")
         assert sliding_attention(x, x, x, AttentionPattern(2)).device.type == "cuda"
-        with pytest.raises(ValueError, match="run on the CPU, not on cuda"):
+        with pytest.raises(ValueError, match=r"no CUDA kernels: .*LONGPRETRAIN_CUDA=1"):
+            sliding_attention(x, x, x, AttentionPattern(2), backend="fused")
+
+
+@needs_library
+def test_other_devices_are_for_the_portable_backend() -> None:
+    with FakeTensorMode():
+        x = torch.empty(1, 8, 2, 32, device="xpu")
+        assert sliding_attention(x, x, x, AttentionPattern(2)).device.type == "xpu"
+        with pytest.raises(ValueError, match="run on the CPU and on CUDA, not on xpu"):
             sliding_attention(x, x, x, AttentionPattern(2), backend="fused")
 
 
