@@ -15,7 +15,7 @@ SANITIZED := build/sanitize
 EMULATED := build/emulated
 SANITIZERS := UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=max_malloc_fill_size=1073741824:malloc_fill_byte=255
 
-.PHONY: help setup demo test exactness golden check sanitize sanitize-quick emulate emulate-sanitized cuda-check mutate gpu-check lock clean
+.PHONY: help setup demo test exactness golden check sanitize sanitize-quick emulate emulate-sanitized cuda-budgets cuda-check mutate gpu-check lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -26,7 +26,7 @@ setup: $(VENV)/.built  ## build .venv from the locks (about a minute) and the co
 demo: setup  ## the main job on real text: short model -> 4,096 tokens -> pretraining on 2 ranks -> HF export
 	python -m longpretrain.demo
 
-test: setup check sanitize-quick emulate emulate-sanitized  ## everything a 2-core CPU machine can check
+test: setup check sanitize-quick emulate emulate-sanitized cuda-budgets  ## everything a 2-core CPU machine can check
 	python -m pytest
 
 exactness: setup  ## every trainer, stage, rank count, resume and launcher compared; writes docs/exactness.md (18 minutes on two cores)
@@ -80,11 +80,18 @@ $(EMULATED)/_kernels.so: $(VENV)/.built $(KERNELS)
 	touch $@
 
 emulate: $(EMULATED)/_kernels.so  ## the operator's tests on the source of the CUDA kernels, run by the emulator
-	LONGPRETRAIN_LIBRARY="$(CURDIR)/$<" python -m pytest -p no:cacheprovider tests/emulated
+	PYTHONPATH=tests LONGPRETRAIN_LIBRARY="$(CURDIR)/$<" python -m pytest -p no:cacheprovider -p cuda_check.ran tests/emulated
 
-# Needs nvcc, and no GPU. nvdisasm comes from its own lock, as nothing else needs it.
-cuda-check: setup $(VENV)/.cuda-tools  ## what nvcc makes of the CUDA kernels, held against csrc/cuda/budgets.json; writes docs/kernels.md
-	PYTHONPATH=tests python -m cuda_check budgets
+# Both need nvcc, and no GPU; what they build is kept under build/cuda_check by what it is made from,
+# and the PTX tests use it as well. nvdisasm comes from its own lock, as nothing else needs it. A
+# machine without nvcc is told so in a line, and needs none of it.
+NVCC = $(shell command -v "$${CUDACXX:-nvcc}")
+cuda-budgets: setup $(if $(NVCC),$(VENV)/.cuda-tools)  ## what nvcc makes of the CUDA kernels for one chip, held against csrc/cuda/budgets.json
+	PYTHONPATH=tests python -m cuda_check budgets --chips 80 --jobs $(JOBS) --in-tests
+
+cuda-check: setup emulate $(VENV)/.cuda-tools  ## all chips, the three layers' tests of all kernels; prints the table, writes docs/kernels.md
+	PYTHONPATH=tests python -m cuda_check budgets --jobs $(JOBS)
+	python -m pytest -p no:cacheprovider tests/test_ptx_attention.py
 	PYTHONPATH=tests python -m cuda_check model docs/kernels.md
 
 mutate: setup  ## change PTX instructions of the kernels at random: how many changes do the cases notice? (needs nvcc; an hour)

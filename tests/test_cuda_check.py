@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 from cuda_check import __main__ as command
-from cuda_check import flash, launches, toolchain, work
+from cuda_check import flash, launches, sass, toolchain, work
 from cuda_check.budgets import Target, compare, read_budgets, write_budgets
 from cuda_check.chips import A100, H100, LIMITS, RATES, blocks_per_sm
 from cuda_check.model import KernelTime, imbalance
 from cuda_check.report import budget_table
-from cuda_check.table import Row, step_products
+from cuda_check.table import Row, step_products, with_loop
 
 HERE = Path(__file__).resolve().parent
 NVCC = "13.0.88"
@@ -216,13 +216,27 @@ def test_the_command(
     row: Row, nvcc: str, code: int, says: str, budgets_file: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    tools = toolchain.Toolchain(Path("nvcc"), Path("nvdisasm"), nvcc, "13.5.37")
+    tools = toolchain.Toolchain(toolchain.Nvcc(Path("nvcc"), nvcc), Path("nvdisasm"), "13.5.37")
     monkeypatch.setattr(command, "find_toolchain", lambda: tools)
     rows = [row, replace(ROW, kernel="g")]
     monkeypatch.setattr(command, "read_table", lambda _tools, _chips, _jobs: rows)
     monkeypatch.setattr(command, "read_budgets", lambda: read_budgets(budgets_file))
     assert command.main(["budgets", "--chips", "80"]) == code
     assert says in capsys.readouterr().out
+
+
+def test_in_tests_there_is_no_table_and_of_another_nvcc_one_line(
+    budgets_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools = toolchain.Toolchain(toolchain.Nvcc(Path("nvcc"), "13.1.2"), Path("nvdisasm"), "13.5.37")
+    rows = [replace(ROW, registers=134), replace(ROW, kernel="g", registers=134)]
+    monkeypatch.setattr(command, "find_toolchain", lambda: tools)
+    monkeypatch.setattr(command, "read_table", lambda _tools, _chips, _jobs: rows)
+    monkeypatch.setattr(command, "read_budgets", lambda: read_budgets(budgets_file))
+    assert command.main(["budgets", "--chips", "80", "--in-tests"]) == 0
+    told = capsys.readouterr().out
+    assert "2 differences are told by `make cuda-check` and not enforced" in told
+    assert len(told.splitlines()) == 3
 
 
 def test_without_nvcc_the_command_says_so(
@@ -235,9 +249,34 @@ def test_without_nvcc_the_command_says_so(
 
 
 def test_the_table_has_a_line_for_each_kernel() -> None:
-    text = budget_table([ROW, replace(ROW, kernel="plain", use=None, use_masked=None)])
+    nothing = dict.fromkeys(
+        ("products", "is_tensor", "loop", "loop_masked", "loop_most", "use", "use_masked",
+         "use_least")
+    )  # fmt: skip
+    without_rates = {"use": None, "use_masked": None, "use_least": None}
+    rows = [
+        ROW,
+        replace(ROW, kernel="plain", **nothing),
+        replace(ROW, kernel="later", **without_rates),
+    ]
+    text = budget_table(rows)
     assert "| f<BFloat16, 64> |       126 |" in text
-    assert text.count("\n| ") == 4  # with head and rule
+    assert text.count("\n| ") == 5  # with head and rule
+    cells = {line.split("|")[1].strip(): line.replace(" ", "") for line in text.splitlines()[2:]}
+    assert cells["plain"].endswith("|4|-|-|-|-|-|-|-|-|")
+    assert cells["later"].endswith("|4|64t|430|570|890|0|-|-|-|")
+
+
+def test_a_chip_without_rates_has_loops_and_no_shares() -> None:
+    """What is not known is None, not a 0 that reads as counted."""
+    products = [sass.Instruction("HMMA.16816.F32", "", False)] * 8
+    lines = [".L_1", *products, sass.Instruction("BRA", "P0, `(.L_1)", False)]
+    blocks = sass.blocks_of([*lines, sass.Instruction("EXIT", "", False)])
+    empty = Row("f", "sm_100 from PTX", 126, 0, 0, 0, 128, 4)
+    found = with_loop(empty, blocks, None)
+    assert (found.products, found.loop, found.use, found.use_least) == (8, 9, None, None)
+    assert with_loop(empty, blocks, RATES[80]).use is not None
+    assert (empty.products, empty.loop, empty.use) == (None, None, None)
 
 
 # --- work and time -------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from exactness.golden import golden_rows
 from exactness.resume import move_rows, resume_rows
-from exactness.table import Row, markdown, relative_difference, within
+from exactness.table import Row, attention_in_use, markdown, relative_difference, within
 from exactness.trainers import bf16_rows, dropout_rows, trainer_rows
 
 
@@ -50,3 +50,12 @@ def test_comparisons_can_fail() -> None:
     assert not within("s", "c", "a", [], [], 1e-5).ok
     assert not within("s", "c", "a", [float("nan")], [1.0], 1e-5).ok
     assert not within("s", "c", "a", [1.0], [float("nan")], 1e-5).ok
+
+
+def test_the_page_names_the_attention_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exactness.table.why_not", lambda _backend: "there is no library")
+    assert attention_in_use() == "the portable backend, PyTorch operations (there is no library)"
+    facts = {"used": "avx2", "compiler": "g++ 12.2.0"}
+    monkeypatch.setattr("exactness.table.why_not", lambda _backend: None)
+    monkeypatch.setattr("exactness.table.kernel_facts", lambda: facts)
+    assert attention_in_use() == "the compiled CPU kernels, avx2, g++ 12.2.0"

@@ -112,7 +112,7 @@ class Gpu:
         clock_hz: boost, with which the data sheet's rates are reckoned.
         dense_flops: 16 bit with fp32 sums, without sparsity.
         memory_bytes_s: of the data sheet.
-        l2_bytes_s: from L2 to all multiprocessors: an assumption, about 70 % of the bus.
+        l2_bytes_s: from L2 to all multiprocessors: an assumption, see below.
     """
 
     name: str
@@ -124,5 +124,13 @@ class Gpu:
     l2_bytes_s: float
 
 
-A100 = Gpu("A100-80GB-SXM", 80, 108, 1.41e9, 312e12, 2.039e12, 5.0e12)
+A100_L2_BYTES_CLOCK = 5120
+"""Read by all multiprocessors: NVIDIA A100 Tensor Core GPU Architecture (white paper, 2020)."""
+L2_SHARE = 0.70
+"""Of that, what a kernel is taken to get. An assumption without a source."""
+
+A100 = Gpu(
+    "A100-80GB-SXM", 80, 108, 1.41e9, 312e12, 2.039e12, L2_SHARE * A100_L2_BYTES_CLOCK * 1.41e9
+)
+# NVIDIA publishes no rate of the H100's L2: this one is an assumption without a source.
 H100 = Gpu("H100-SXM", 90, 132, 1.83e9, 989e12, 3.35e12, 5.5e12)

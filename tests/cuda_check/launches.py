@@ -18,9 +18,9 @@ from cuda_check.toolchain import (
     Toolchain,
     ToolError,
     demangled,
-    host_object,
     run,
     sources,
+    whole,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -72,7 +72,7 @@ class Recorded:
 
 def build_recorder(tools: Toolchain) -> Path:
     """The program; ToolError where the operator uses a function that the stand-in does not have."""
-    objects = [host_object(tools, source) for source in sources()]
+    objects = [whole(tools.nvcc, source) / "host.o" for source in sources()]
     inputs = [HERE / "runtime.cpp", HERE / "launches.cpp", *sorted(CUDA.glob("*.cpp"))]
     digest = hashlib.sha256("\n".join(str(path) for path in objects).encode())
     for path in [*inputs, *sorted(CSRC.glob("*.h")), *sorted(CUDA.glob("*.h"))]:
@@ -83,7 +83,7 @@ def build_recorder(tools: Toolchain) -> Path:
             old.unlink()
         # nvcc for the C++ sources as well: those of csrc/cuda include its headers.
         run([
-            str(tools.nvcc), "-std=c++20", "-O1", "-cudart", "none", f"-I{CSRC}",
+            str(tools.nvcc.path), "-std=c++20", "-O1", "-cudart", "none", f"-I{CSRC}",
             *map(str, inputs), *map(str, objects), "-o", str(program),
         ])  # fmt: skip
     return program

@@ -6,7 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cuda_check.chips import A100, H100, MMA_SYNC_SHARE_OF_H100, Gpu
+from cuda_check.chips import (
+    A100,
+    A100_L2_BYTES_CLOCK,
+    H100,
+    L2_SHARE,
+    MMA_SYNC_SHARE_OF_H100,
+    Gpu,
+)
+from cuda_check.coverage import all_chips, all_kinds, coverage_section, gaps, read_coverage
 from cuda_check.flash import (
     LONG,
     MIDDLE,
@@ -26,7 +34,10 @@ from cuda_check.model import (
     read_machine,
     time_of_launch,
 )
+from cuda_check.ran import read_record
 from cuda_check.report import markdown
+from cuda_check.shortfall import FORWARD, read_loops, shortfall_section
+from cuda_check.table import launches_of_kernels
 from cuda_check.toolchain import Toolchain
 from cuda_check.work import useful_pairs
 
@@ -83,6 +94,11 @@ class Modelled:
         """The same."""
         return sum(one.expected_s(share) for one in self._kernels(both))
 
+    @property
+    def window(self) -> KernelTime:
+        """The forward's largest kernel."""
+        return next(one for one in self.forward if one.kernel.startswith(FORWARD))
+
     def _kernels(self, both: bool) -> list[KernelTime]:
         return [*self.forward, *(self.backward if both else [])]
 
@@ -91,10 +107,11 @@ def write_page(tools: Toolchain, page: Path) -> list[str]:
     """Builds what is not built, writes the page, and returns the targets that are missed."""
     calls = [call for layer in LAYERS_SHOWN for call in (layer.forward, layer.backward)]
     launches = launches_of(tools, calls)
-    threads = {launch.kernel: launch.threads for found in launches for launch in found}
+    threads = {name: launch.threads for name, launch in launches_of_kernels(tools).items()}
     modelled: dict[tuple[str, str], Modelled] = {}
+    machines = {gpu.name: read_machine(tools, gpu.chip, threads) for gpu in GPUS}
     for gpu in GPUS:
-        machine = read_machine(tools, gpu.chip, threads)
+        machine = machines[gpu.name]
         for layer, forward, backward in zip(
             LAYERS_SHOWN, launches[::2], launches[1::2], strict=True
         ):
@@ -102,13 +119,24 @@ def write_page(tools: Toolchain, page: Path) -> list[str]:
                 _times(forward, machine, layer.forward, gpu),
                 _times(backward, machine, layer.backward, gpu),
             )
-    head = f"Read off nvcc {tools.nvcc_version}'s machine code.\n"
+    head = f"Read off nvcc {tools.nvcc.version}'s machine code.\n"
     targets = _targets(modelled[A100.name, HEADLINE.label])
-    page.write_text(
-        "\n".join([_INTRODUCTION, head, _targets_section(targets), *_sections(modelled)]),
-        encoding="utf-8",
+    covered = read_coverage(tools)
+    sections = [
+        _targets_section(targets),
+        shortfall_section(
+            A100.name, read_loops(machines[A100.name], A100.chip), _work(modelled), LABEL
+        ),
+        coverage_section(covered, read_record().tests),
+        _ASSUMPTIONS,
+        _l2_text(modelled, machines, launches),
+        *_sections(modelled),
+    ]
+    page.write_text("\n".join([_INTRODUCTION, head, *sections]), encoding="utf-8")
+    missed = [x for x in targets if not x.met]
+    return [f"{x.what}: {x.value:.2f}, wanted {x.most:.2f} at most" for x in missed] + gaps(
+        covered, all_kinds(), all_chips()
     )
-    return [f"{x.what}: {x.value:.2f}, wanted {x.most:.2f} at most" for x in targets if not x.met]
 
 
 @dataclass(frozen=True)
@@ -125,8 +153,18 @@ class Target:
         return self.value <= self.most
 
 
+def _work(modelled: Mapping[tuple[str, str], Modelled]) -> list[tuple[str, int, float]]:
+    """Layer, window, and computed work for each useful product of the forward's window."""
+    found = []
+    for layer in LAYERS_SHOWN:
+        one = modelled[A100.name, layer.label].window
+        ratio = one.computed_operations / one.useful_operations
+        found.append((layer.label, layer.forward.one_sided_window, ratio))
+    return found
+
+
 def _targets(layer: Modelled) -> list[Target]:
-    window = next(one for one in layer.forward if one.kernel.startswith("window_forward_kernel"))
+    window = layer.window
     both_s = layer.expected_s(share_of_floor(A100, MIDDLE), both=True)
     return [
         Target(
@@ -153,12 +191,36 @@ def _times(launches: Sequence[Launch], machine: Machine, call: Call, gpu: Gpu) -
 
 
 def _sections(modelled: Mapping[tuple[str, str], Modelled]) -> Iterator[str]:
-    yield _ASSUMPTIONS
     yield _flash_section()
     for gpu in GPUS:
         yield _kernels_section(gpu, modelled[gpu.name, HEADLINE.label])
     yield _layers_section(modelled)
     yield _step_section(modelled)
+
+
+def _l2_text(
+    modelled: Mapping[tuple[str, str], Modelled],
+    machines: Mapping[str, Machine],
+    launches: Sequence[list[Launch]],
+) -> str:
+    """How much hangs on the rates of L2."""
+    parts = []
+    for gpu in GPUS:
+        slower = replace(gpu, l2_bytes_s=0.75 * gpu.l2_bytes_s)
+        with_less = Modelled(
+            _times(launches[0], machines[gpu.name], HEADLINE.forward, slower),
+            _times(launches[1], machines[gpu.name], HEADLINE.backward, slower),
+        )
+        share = share_of_floor(gpu, MIDDLE)
+        was, now = (
+            1e3 * x.expected_s(share, both=True)
+            for x in (modelled[gpu.name, HEADLINE.label], with_less)
+        )
+        parts.append(f"{now:.3f} ms in place of {was:.3f} on {gpu.name}")
+    return (
+        "If L2 gave a quarter less, forward and backward of Longformer-large's layer would take\n"
+        f"{' and '.join(parts)}.\n{LABEL}\n"
+    )
 
 
 def _flash_section() -> str:
@@ -264,13 +326,14 @@ def _giga(operations: float) -> str:
 
 
 _INTRODUCTION = """\
-# How fast the CUDA kernels should be: modelled, not measured
+# The CUDA kernels: what is tested without a GPU, and how fast they should be
 
-Generated by `make cuda-check`; do not edit. No GPU took part: registers, instructions and launches
-are read off what nvcc made, tiles are counted, and the rest is arithmetic. `make gpu-check`
-measures on a GPU; where a measured number stands beside one of these, it is the one to believe.
-Limits of every kernel: [csrc/cuda/budgets.json](../csrc/cuda/budgets.json), which `make cuda-check`
-enforces.
+Generated by `make cuda-check`; do not edit. No GPU took part, so all times and shares of time are
+modelled, not measured: registers, instructions and launches are read off what nvcc made, tiles are
+counted, and the rest is arithmetic. `make gpu-check` measures on a GPU; where a measured number
+stands beside one of these, it is the one to believe. Limits of every kernel:
+[csrc/cuda/budgets.json](../csrc/cuda/budgets.json), which `make cuda-check` enforces for all chips
+and `make test` for one.
 """
 
 _ASSUMPTIONS = f"""\
@@ -280,13 +343,17 @@ _ASSUMPTIONS = f"""\
   cores, issue slots (one instruction a clock for each quarter of a multiprocessor), multiply-adds,
   logic, exponentials, or shared memory (128 bytes a clock, reads of one word by several lanes
   counted as several). Tiles without a mask take the shortest pass, all others the longest without
-  dropout (with dropout in backward, all take the longest). What a block does before and after its
-  loop is left out, and so are latencies and barriers: they are in the share that FlashAttention-2
-  reaches.
+  dropout (with dropout in backward, all take the longest). In the forward that counts a branch
+  for scores beyond 65,536 too, which no ordinary call takes: tiles with a mask come out a tenth
+  too slow. What a block does before and after its loop is left out, and so are latencies and
+  barriers: they are in the share that FlashAttention-2 reaches.
 * Rates: results per clock of the CUDA programming guide, clocks and bandwidths of NVIDIA's data
   sheets (A100: 312 TFLOP/s, 1.41 GHz, 2.04 TB/s; H100: 989 TFLOP/s with wgmma, 1.83 GHz, 3.35
   TB/s). On the H100 mma.sync is taken to reach {MMA_SYNC_SHARE_OF_H100:.1%} of that
-  (arXiv:2402.13499). L2 gives 5.0 and 5.5 TB/s.
+  (arXiv:2402.13499).
+* L2: {A100.l2_bytes_s / 1e12:.1f} TB/s on the A100, {L2_SHARE:.0%} of the {A100_L2_BYTES_CLOCK:,}
+  bytes a clock of NVIDIA's white paper on it (2020); the share is an assumption without a source.
+  So are the {H100.l2_bytes_s / 1e12:.1f} TB/s on the H100, for which NVIDIA publishes no number.
 * Memory: every tensor that a kernel needs goes once over the memory's bus, although at batch 1
   much of it may still be in L2. Expected times take {MEMORY_SHARE:.0%} of the data sheet's rate.
 * Blocks are spread evenly; the multiprocessor with the most of them decides.

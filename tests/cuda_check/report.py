@@ -38,7 +38,8 @@ products: HMMA (t) or FFMA (f) instructions of one pass through the main loop; l
 instructions of the passes that do a whole step's work: the shortest, the longest without dropout,
 the longest; local: instructions on local memory in loops with products; use, masked, least: bound
 of the share of time that the tensor cores (or multiply-add units) are busy in these passes, by
-issue slots, the other units and shared memory: modelled, not measured.
+issue slots, the other units and shared memory: modelled, not measured. -: a kernel without such a
+loop, or (use) a chip whose rates are not known here.
 """
 
 
@@ -56,14 +57,15 @@ def _cells(row: Row) -> list[str]:
         row.registers, row.spill_bytes, row.stack_bytes, row.shared_bytes, row.threads,
         row.blocks_per_sm,
     )  # fmt: skip
-    cells = [row.kernel, *map(str, plain)]
-    if row.use is None:
-        return [*cells, *["-"] * 8]
-    kind = "t" if row.is_tensor else "f"
+    loop = (row.loop, row.loop_masked, row.loop_most)
+    products = None if row.products is None else f"{row.products} {'t' if row.is_tensor else 'f'}"
+    local = None if row.loop is None else row.local_in_loops
+    shares = (row.use, row.use_masked, row.use_least)
+    cells = (row.kernel, *plain, products, *loop, local)
     return [
-        *cells, f"{row.products} {kind}", str(row.loop), str(row.loop_masked), str(row.loop_most),
-        str(row.local_in_loops), f"{row.use:.2f}", f"{row.use_masked:.2f}", f"{row.use_least:.2f}",
-    ]  # fmt: skip
+        *("-" if cell is None else str(cell) for cell in cells),
+        *("-" if share is None else f"{share:.2f}" for share in shares),
+    ]
 
 
 def loop_text(tools: Toolchain, source: Path, chip: int) -> str:
@@ -71,7 +73,7 @@ def loop_text(tools: Toolchain, source: Path, chip: int) -> str:
     code = cubin(tools, source, chip)
     usages = ptxas.read_log(code.log)
     names = demangled(sorted(usages))
-    text = listing(tools, code)
+    text = listing(tools, code, with_data=True)
     functions, threads = sass.read_functions(text), sass.read_max_threads(text)
     lines = []
     for mangled, usage in usages.items():

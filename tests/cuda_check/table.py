@@ -22,11 +22,11 @@ from cuda_check.toolchain import (
     cubin,
     cubin_of_ptx,
     demangled,
-    host_object,
     in_parallel,
     listing,
     ptx,
     sources,
+    whole,
 )
 
 TENSOR = ("HMMA",)
@@ -57,14 +57,15 @@ class Row:
         threads: of a block.
         blocks_per_sm: that fit on a multiprocessor together.
         products: tensor instructions (HMMA), or else multiply-adds (FFMA), of one pass through
-            the main loop; 0: the kernel has no such loop.
+            the main loop; this and what follows is None where a kernel has no such loop.
         is_tensor: which of them.
         loop: instructions of the shortest pass that does a whole step's work.
         loop_masked: of the longest without dropout.
         loop_most: of the longest.
-        local_in_loops: instructions on local memory in loops with products.
+        local_in_loops: instructions on local memory in loops with products; 0 without such loops.
         use: bound of the share of time that the tensor cores (or multiply-add units) are busy in
-            the shortest pass, by issue slots, other units and shared memory; None without loop.
+            the shortest pass, by issue slots, other units and shared memory; None as well where the
+            rates of the chip are not known.
         use_masked: the same of the longest pass without dropout.
         use_least: of the longest pass.
     """
@@ -77,11 +78,11 @@ class Row:
     shared_bytes: int
     threads: int
     blocks_per_sm: int
-    products: int = 0
-    is_tensor: bool = False
-    loop: int = 0
-    loop_masked: int = 0
-    loop_most: int = 0
+    products: int | None = None
+    is_tensor: bool | None = None
+    loop: int | None = None
+    loop_masked: int | None = None
+    loop_most: int | None = None
     local_in_loops: int = 0
     use: float | None = None
     use_masked: float | None = None
@@ -104,7 +105,7 @@ def read_table(tools: Toolchain, chips: Sequence[int], jobs: int) -> list[Row]:
     found = sources()
     if not found:
         raise ToolError("there are no CUDA sources in csrc/cuda")
-    in_parallel(jobs, [partial(host_object, tools, source) for source in found], "host code")
+    in_parallel(jobs, [partial(whole, tools.nvcc, source) for source in found], "whole sources")
     launched = launches_of_kernels(tools)
     tasks = [partial(cubin, tools, source, chip) for chip in chips for source in found]
     if set(chips) == set(CHIPS):
@@ -143,7 +144,7 @@ def rows_of(tools: Toolchain, code: Cubin, launched: dict[str, Launch]) -> list[
     if not usages:
         return []  # a source without kernels
     names = demangled(sorted(usages))
-    functions = {} if code.is_from_ptx else sass.read_functions(listing(tools, code))
+    functions = sass.read_functions(listing(tools, code))
     rows = []
     for mangled, usage in sorted(usages.items(), key=lambda item: names[item[0]]):
         launch = launched.get(names[mangled])
@@ -160,9 +161,7 @@ def rows_of(tools: Toolchain, code: Cubin, launched: dict[str, Launch]) -> list[
             threads=launch.threads,
             blocks_per_sm=blocks_per_sm(code.chip, usage.registers, launch.threads, shared),
         )
-        if not code.is_from_ptx:
-            row = with_loop(row, sass.blocks_of(functions[mangled]), RATES[code.chip])
-        rows.append(row)
+        rows.append(with_loop(row, sass.blocks_of(functions[mangled]), RATES.get(code.chip)))
     return rows
 
 
@@ -200,8 +199,8 @@ def product_loops(
     return best, loops
 
 
-def with_loop(row: Row, blocks: dict[str, sass.Block], rates: Rates) -> Row:
-    """The row with what its main loop says."""
+def with_loop(row: Row, blocks: dict[str, sass.Block], rates: Rates | None) -> Row:
+    """The row with what its main loop says; without rates, no shares of time."""
     main, loops = product_loops(blocks, step_products(row.kernel, row.threads))
     if main is None:
         return row
@@ -210,7 +209,7 @@ def with_loop(row: Row, blocks: dict[str, sass.Block], rates: Rates) -> Row:
     alike = [x for x in loops if x.shortest.count(*kind) == main.shortest.count(*kind)]
     masked = max((loop.masked for loop in alike), key=lambda found: found.length)
     longest = max((loop.longest for loop in alike), key=lambda found: found.length)
-    return replace(
+    row = replace(
         row,
         products=main.shortest.count(*kind),
         is_tensor=is_tensor,
@@ -218,6 +217,11 @@ def with_loop(row: Row, blocks: dict[str, sass.Block], rates: Rates) -> Row:
         loop_masked=masked.length,
         loop_most=longest.length,
         local_in_loops=sum(loop.everything.count(*LOCAL) for loop in loops),
+    )
+    if rates is None:
+        return row
+    return replace(
+        row,
         use=round(use_of_pass(main.shortest, rates)[0], 3),
         use_masked=round(use_of_pass(masked, rates)[0], 3),
         use_least=round(use_of_pass(longest, rates)[0], 3),

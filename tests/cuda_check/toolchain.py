@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,31 +31,54 @@ PTX_FOR_LATER = 90
 LATER_CHIPS = (100, 120)
 
 FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", f"-I{CSRC}")
+# Lines for the PTX interpreter's messages, and objects for its shared library. Neither changes an
+# instruction.
+WHOLE_FLAGS = ("-lineinfo", "-Xcompiler", "-fPIC", "-Xptxas", "-v")
 
 
 class ToolError(RuntimeError):
     """A tool is missing or refused its input; the message is for the user."""
 
 
+class NoNvccError(ToolError):
+    """Not a fault: a machine need not have it."""
+
+
+@dataclass(frozen=True)
+class Nvcc:
+    """The compiler."""
+
+    path: Path
+    version: str
+
+
 @dataclass(frozen=True)
 class Toolchain:
     """nvcc and what reads its output."""
 
-    nvcc: Path
+    nvcc: Nvcc
     nvdisasm: Path
-    nvcc_version: str
     nvdisasm_version: str
+
+
+def find_nvcc() -> Nvcc:
+    """Raises NoNvccError where there is none."""
+    named = os.environ.get("CUDACXX", "nvcc")
+    found = shutil.which(named)
+    if found is None and named != "nvcc":
+        raise ToolError(f"CUDACXX: got {named}, which is no program, wanted an nvcc")
+    if found is None:
+        raise NoNvccError(
+            "there is no nvcc on PATH or in CUDACXX; install the CUDA toolkit 13.0 or newer"
+        )
+    return Nvcc(Path(found), _version(Path(found)))
 
 
 def find_toolchain() -> Toolchain:
     """Raises ToolError naming what is missing and where to get it."""
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
-    if nvcc is None:
-        raise ToolError(
-            "there is no nvcc on PATH or in CUDACXX; install the CUDA toolkit 13.0 or newer"
-        )
-    nvdisasm = _find_nvdisasm(Path(nvcc))
-    return Toolchain(Path(nvcc), nvdisasm, _version(Path(nvcc)), _version(nvdisasm))
+    nvcc = find_nvcc()
+    nvdisasm = _find_nvdisasm(nvcc.path)
+    return Toolchain(nvcc, nvdisasm, _version(nvdisasm))
 
 
 def _find_nvdisasm(nvcc: Path) -> Path:
@@ -104,8 +128,8 @@ def constant(name: str) -> int:
     raise ToolError(f"no header of csrc/cuda says `constexpr ... {name} = ...`")
 
 
-def _fingerprint(tools: Toolchain, source: Path, *more: str) -> str:
-    digest = hashlib.sha256("\n".join([tools.nvcc_version, *FLAGS, *more]).encode())
+def _fingerprint(nvcc: Nvcc, source: Path, *more: str) -> str:
+    digest = hashlib.sha256("\n".join([nvcc.version, *FLAGS, *more]).encode())
     for path in sorted(with_includes(source)):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -138,33 +162,64 @@ class Cubin:
 
 def cubin(tools: Toolchain, source: Path, chip: int) -> Cubin:
     """Compiles for a chip."""
+    if chip == CHIPS[0]:
+        folder = whole(tools.nvcc, source)
+        return Cubin(
+            source, chip, folder / f"{source.stem}.cubin", (folder / "log").read_text("utf-8")
+        )
     arch = f"arch=compute_{chip},code=sm_{chip}"
-    command = [str(tools.nvcc), *FLAGS, "-gencode", arch, "-Xptxas", "-v", "-cubin", str(source)]
-    made = _made(_fingerprint(tools, source, arch), source, f"sm_{chip}.cubin", command)
+    command = [*_nvcc(tools), "-gencode", arch, "-Xptxas", "-v", "-cubin", str(source)]
+    made = _made(_fingerprint(tools.nvcc, source, arch), source, f"sm_{chip}.cubin", command)
     return Cubin(source, chip, made, _log(made))
+
+
+def whole(nvcc: Nvcc, source: Path) -> Path:
+    """All of a source for the first of the chips, by one run of nvcc: PTX for its interpreter,
+    machine code for the budgets, the host's object to see launches.
+
+    Returns:
+        A folder with ``<source>.ptx``, ``<source>.cubin``, ``host.o`` and ptxas' ``log``.
+    """
+    arch = f"arch=compute_{CHIPS[0]},code=sm_{CHIPS[0]}"
+    fingerprint = _fingerprint(nvcc, source, *WHOLE_FLAGS, arch)
+    folder = BUILD / f"{source.stem}.{fingerprint}.whole"
+    if folder.exists():
+        return folder
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{source.stem}.", dir=BUILD) as scratch:
+        made = Path(scratch) / "made"
+        made.mkdir()
+        command = [str(nvcc.path), *FLAGS, *WHOLE_FLAGS, "-gencode", arch, "--keep", "--keep-dir",
+                   str(made), "-c", str(source), "-o", str(made / "host.o")]  # fmt: skip
+        (made / "log").write_text(run(command), encoding="utf-8")
+        kept = {f"{source.stem}.ptx", f"{source.stem}.cubin", "host.o", "log"}
+        for file in made.iterdir():  # preprocessed copies and the like: three times the rest
+            if file.name not in kept:
+                file.unlink()
+        for old in BUILD.glob(f"{source.stem}.*.whole"):
+            shutil.rmtree(old, ignore_errors=True)
+        made.rename(folder)
+    return folder
+
+
+def _nvcc(tools: Toolchain) -> list[str]:
+    return [str(tools.nvcc.path), *FLAGS]
 
 
 def ptx(tools: Toolchain, source: Path, version: int = PTX_FOR_LATER) -> Path:
     """PTX as the library holds it for later chips."""
     arch = f"-arch=compute_{version}"
-    command = [str(tools.nvcc), *FLAGS, arch, "-ptx", str(source)]
-    return _made(_fingerprint(tools, source, arch), source, f"compute_{version}.ptx", command)
+    command = [*_nvcc(tools), arch, "-ptx", str(source)]
+    return _made(_fingerprint(tools.nvcc, source, arch), source, f"compute_{version}.ptx", command)
 
 
 def cubin_of_ptx(tools: Toolchain, source: Path, chip: int) -> Cubin:
     """What the driver of a later chip would make of the PTX."""
     text = ptx(tools, source)
-    command = [str(tools.nvcc), f"-arch=sm_{chip}", "-Xptxas", "-v", "-cubin", str(text)]
+    command = [str(tools.nvcc.path), f"-arch=sm_{chip}", "-Xptxas", "-v", "-cubin", str(text)]
     name = f"sm_{chip}.from_ptx.cubin"
     made = _made(text.suffixes[0][1:], source, name, command)
     return Cubin(source, chip, made, _log(made), is_from_ptx=True)
-
-
-def host_object(tools: Toolchain, source: Path) -> Path:
-    """The host's side, with PTX instead of code: quicker, and only the launches matter."""
-    arch = f"arch=compute_{CHIPS[0]},code=compute_{CHIPS[0]}"
-    command = [str(tools.nvcc), *FLAGS, "-gencode", arch, "-c", str(source)]
-    return _made(_fingerprint(tools, source, arch), source, "host.o", command)
 
 
 def _made(fingerprint: str, source: Path, kind: str, command: list[str]) -> Path:
@@ -185,9 +240,9 @@ def _log(product: Path) -> str:
     return product.with_name(f"{product.name}.log").read_text(encoding="utf-8")
 
 
-def listing(tools: Toolchain, code: Cubin) -> str:
-    """nvdisasm's listing."""
-    return run([str(tools.nvdisasm), str(code.path)])
+def listing(tools: Toolchain, code: Cubin, *, with_data: bool = False) -> str:
+    """nvdisasm's listing; of the instructions alone it is a quarter as long."""
+    return run([str(tools.nvdisasm), *([] if with_data else ["-c"]), str(code.path)])
 
 
 def demangled(names: Sequence[str]) -> dict[str, str]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from longpretrain.attention import why_not
+from longpretrain.attention.fused import kernel_facts
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -57,6 +60,14 @@ def equal(section: str, cell: str, against: str, different: Sequence[str]) -> Ro
         measured="equal" if not different else f"differ: {', '.join(different[:3])}",
         ok=not different,
     )
+
+
+def attention_in_use() -> str:
+    """The backend that every run of the matrix has, as none of them names one."""
+    if reason := why_not("fused"):
+        return f"the portable backend, PyTorch operations ({reason})"
+    facts = kernel_facts()
+    return f"the compiled CPU kernels, {facts['used']}, {facts['compiler']}"
 
 
 def markdown(rows: Iterable[Row]) -> str:
