@@ -1,4 +1,5 @@
-"""What no test on CPU tensors sees: the same bits as the CPU, streams, CUDA graphs, long tensors.
+"""What no test on CPU tensors sees: the same bits as the CPU, streams, CUDA graphs, a second GPU,
+long tensors.
 
     python benchmarks/gpu_checks.py          # all of them
     python benchmarks/gpu_checks.py --small  # one small call of each kind: for compute-sanitizer
@@ -51,8 +52,10 @@ def _run(inputs: dict[str, Any], pattern: AttentionPattern, **options: Any) -> l
     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
 
 
-def _on_gpu(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.detach().cuda().requires_grad_(x.requires_grad) for name, x in inputs.items()}
+def _on_gpu(inputs: dict[str, Tensor], device: str = "cuda") -> dict[str, Tensor]:
+    return {
+        name: x.detach().to(device).requires_grad_(x.requires_grad) for name, x in inputs.items()
+    }
 
 
 def kept_weights(
@@ -138,28 +141,65 @@ def check_graph() -> str:
     return "captured and replayed, equal bits"
 
 
+def check_second_gpu() -> str:
+    """Tensors of cuda:1 are worked on there, while cuda:0 is the current device."""
+    if torch.cuda.device_count() < 2:
+        return "left out: torch sees one GPU"
+    inputs, pattern = _inputs(2000, 64, torch.bfloat16), AttentionPattern(100)
+    with torch.cuda.device(0):
+        here = _run(_on_gpu(inputs, "cuda:0"), pattern, dropout_p=0.1)
+        there = _run(_on_gpu(inputs, "cuda:1"), pattern, dropout_p=0.1)
+        assert torch.cuda.current_device() == 0, "a call changed the current device"
+    for a, b in zip(here, there, strict=True):
+        assert b.device.index == 1, f"a result of cuda:1 is on {b.device}"
+        error = _error(b.cpu(), a.cpu())
+        assert error < 0.02, f"cuda:1 is off by {error:.3g} of the largest number"
+    same = all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(here, there, strict=True))
+    return f"right, with {'the same' if same else 'other'} bits as cuda:0"
+
+
+def _error(found: Tensor, right: Tensor) -> float:
+    """Of the largest number."""
+    return ((found.float() - right.float()).abs().max() / right.float().abs().max()).item()
+
+
+def errors_of_last_rows(device: str, tokens: int, heads: int, head_size: int) -> dict[str, float]:
+    """Output and gradients of the last 1,000 tokens of a long sequence, of which only the last 800
+    outputs have a gradient, against those 1,000 tokens by themselves.
+    """
+    q, k, v = (
+        torch.randn(1, tokens, heads, head_size, device=device, dtype=torch.bfloat16)
+        for _ in range(3)
+    )
+    last = torch.randn(1, 800, heads, head_size, device=device, dtype=torch.bfloat16)
+
+    def run(*floats: Tensor) -> list[Tensor]:
+        leaves = [x.requires_grad_() for x in floats]
+        out = sliding_attention(*leaves, AttentionPattern(100), backend="fused")
+        direction = torch.zeros_like(out)
+        direction[:, -800:] = last
+        gradients = torch.autograd.grad(out, leaves, direction)
+        return [out.detach()[:, -800:].clone(), *(x[:, -1000:].clone() for x in gradients)]
+
+    alone = run(*(x[:, -1000:].clone() for x in (q, k, v)))
+    names = ("out", "dq", "dk", "dv")
+    return {
+        name: _error(a, b) for name, a, b in zip(names, run(q, k, v), alone, strict=True)
+    }  # fmt: skip
+
+
 def check_long() -> str:
-    """A tensor of more than 2**31 numbers: the last rows are as if they stood alone."""
+    """Tensors of more than 2**31 numbers, forward and backward."""
     tokens, heads, head_size = 2_200_000, 16, 64
-    needed_gib = 5 * tokens * heads * head_size * 2 / 2**30
+    # q, k, v, the output, the gradients of all four, and what is in between.
+    needed_gib = 9 * tokens * heads * head_size * 2 / 2**30
     free_gib = torch.cuda.mem_get_info()[0] / 2**30
     if free_gib < needed_gib:
         return f"left out: needs {needed_gib:.0f} GiB, {free_gib:.0f} GiB are free"
-    pattern = AttentionPattern(100)
-    q, k, v = (
-        torch.randn(1, tokens, heads, head_size, device="cuda", dtype=torch.bfloat16)
-        for _ in range(3)
-    )
-    end = slice(tokens - 1000, tokens)
-    with torch.no_grad():
-        out = sliding_attention(q, k, v, pattern, backend="fused")[:, end][:, 200:].clone()
-        alone = sliding_attention(
-            *(x[:, end].contiguous() for x in (q, k, v)), pattern, backend="fused"
-        )[:, 200:]
     # Tiles begin elsewhere, so sums are rounded in another order.
-    error = (out.float() - alone.float()).abs().max().item()
-    assert error < 0.02, f"rows beyond 2**31 numbers are off by {error:.3g}"
-    return f"{q.numel():,} numbers, the last rows right"
+    for name, error in errors_of_last_rows("cuda", tokens, heads, head_size).items():
+        assert error < 0.02, f"{name} beyond 2**31 numbers is off by {error:.3g} of its largest"
+    return f"{tokens * heads * head_size:,} numbers, the last rows and their gradients right"
 
 
 def check_small() -> str:
@@ -177,6 +217,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "same bits in every run": check_repetition,
     "runs on the current stream": check_stream,
     "CUDA graph": check_graph,
+    "a second GPU": check_second_gpu,
     "more than 2**31 numbers": check_long,
     "small calls of every kind": check_small,
 }

@@ -30,6 +30,8 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kHeadsOfCounter = 1 << 16;  // dropout counts heads in 16 bits
 constexpr int64_t kLargestStep = INT32_MAX;   // of a window or a dilation: their product is int64
+// Blocks of a kernel's grid are counted in int32; none takes fewer tokens of a batch row.
+constexpr int64_t kLargestCount = INT32_MAX, kTokensOfBlock = 64;
 
 struct Call {
   Tensor q_BNHD, k_BMHD, v_BMHD;
@@ -45,9 +47,18 @@ struct Call {
 
 int32_t device_of(const Tensor& x) { return x.is_cuda() ? x.get_device_index() : -1; }
 
+// What torch says of a step that is never taken may be anything.
 TensorBNHD strided(const Tensor& x, void* data) {
-  return {data, x.stride(0), x.stride(1), x.stride(2)};
+  const auto stride = [&](int64_t i) { return x.size(i) == 1 ? 0 : x.stride(i); };
+  return {data, stride(0), stride(1), stride(2)};
 }
+
+Tensor copied(const char* name, const Tensor& x, Tensor (*copy)(const Tensor&)) {
+  return allocating(std::string("a copy of ") + name, x.numel() * x.element_size(),
+                    [&] { return copy(x); });
+}
+Tensor contiguous(const Tensor& x) { return torch::stable::contiguous(x); }
+Tensor clone(const Tensor& x) { return torch::stable::clone(x); }
 
 // Checks the tensors of a call, and replaces those that the kernels cannot read as they are.
 struct Reader {
@@ -69,7 +80,7 @@ struct Reader {
                   std::initializer_list<int64_t> shape) const {
     if (!x) return nullptr;
     check(name, *x, dtype, shape);
-    if (!x->is_contiguous()) x = torch::stable::contiguous(*x);
+    if (!x->is_contiguous()) x = copied(name, *x, contiguous);
     return static_cast<const T*>(x->const_data_ptr());
   }
 
@@ -78,9 +89,9 @@ struct Reader {
   TensorBNHD rows(const char* name, Tensor& x, ScalarType dtype,
                   std::initializer_list<int64_t> shape) const {
     check(name, x, dtype, shape);
-    if (x.stride(3) != 1 && x.size(3) != 1) x = torch::stable::contiguous(x);
-    if (!is_aligned(x)) x = torch::stable::contiguous(x);
-    if (!is_aligned(x)) x = torch::stable::clone(x);  // contiguous, but begins at an odd place
+    if (x.stride(3) != 1 && x.size(3) != 1) x = copied(name, x, contiguous);
+    if (!is_aligned(x)) x = copied(name, x, contiguous);
+    if (!is_aligned(x)) x = copied(name, x, clone);  // contiguous, but begins at an odd place
     return strided(x, const_cast<void*>(x.const_data_ptr()));
   }
 
@@ -135,9 +146,12 @@ void check_documents(const AttentionParams& params) {
 // Numbers and shapes of q and k; the other tensors are held against them.
 void check_sizes(const Call& call) {
   STD_TORCH_CHECK(call.q_BNHD.dim() == 4 && call.k_BMHD.dim() == 4, "q or k is not [B, N, H, D]");
-  const int64_t N = call.q_BNHD.size(1), H = call.q_BNHD.size(2), D = call.q_BNHD.size(3);
-  const int64_t M = call.k_BMHD.size(1);
+  const int64_t B = call.q_BNHD.size(0), N = call.q_BNHD.size(1), H = call.q_BNHD.size(2),
+                D = call.q_BNHD.size(3), M = call.k_BMHD.size(1);
   STD_TORCH_CHECK(N >= 1 && M >= 1 && M <= kLargestSequence, "no or too many tokens");
+  STD_TORCH_CHECK(B <= kLargestCount / (M / kTokensOfBlock + 1), "too many rows in the batch: got ",
+                  B, ", wanted at most ", kLargestCount / (M / kTokensOfBlock + 1), " with ", M,
+                  " keys each");
   STD_TORCH_CHECK(H >= 1 && H < kHeadsOfCounter, "no or too many heads");
   STD_TORCH_CHECK(D >= 1 && D <= kLargestHeadSize, "the head size is 0 or too large");
   STD_TORCH_CHECK(call.q_offset >= 0 && call.q_offset <= M - N, "a query sits beyond the keys");
@@ -156,6 +170,9 @@ void check_sizes(const Call& call) {
   STD_TORCH_CHECK(!call.global_index_BG ||
                       (call.global_index_BG->dim() == 2 && call.global_index_BG->size(1) >= 1),
                   "global_index_BG is not [B, G], or has no slots");
+  STD_TORCH_CHECK(!call.global_index_BG || call.global_index_BG->size(1) <= kLargestSequence,
+                  "too many slots of global tokens: got ", call.global_index_BG->size(1),
+                  ", wanted at most ", kLargestSequence);
 }
 
 // Checks all of the call and points at its tensors, which must outlive `params`.
@@ -216,8 +233,8 @@ std::tuple<Tensor, Tensor> forward(Tensor q_BNHD, Tensor k_BMHD, Tensor v_BMHD,
   AttentionParams params;
   fill<Where>(params, call, {device_of(q_BNHD), Where::kRowAlignment});
   const int64_t B = params.B, N = params.N, H = params.H;
-  Tensor out_BNHD = Where::allocate(q_BNHD, q_BNHD.sizes(), q_BNHD.scalar_type());
-  Tensor lse_BNH = Where::allocate(q_BNHD, {B, N, H}, ScalarType::Float);
+  Tensor out_BNHD = Where::allocate("the output", q_BNHD, q_BNHD.sizes(), q_BNHD.scalar_type());
+  Tensor lse_BNH = Where::allocate("the log-sum-exp", q_BNHD, {B, N, H}, ScalarType::Float);
   if (B > 0) {
     params.out = written(out_BNHD);
     params.lse_BNH = static_cast<float*>(lse_BNH.mutable_data_ptr());
@@ -251,17 +268,17 @@ std::vector<Tensor> backward(Tensor dout_BNHD, Tensor out_BNHD, Tensor lse_BNH, 
       const_cast<float*>(reader.values<float>("lse", lse, ScalarType::Float, {B, N, H}));
 
   std::vector<Tensor> gradients;
-  const auto gradient_of = [&](const Tensor& x) {
-    gradients.push_back(Where::allocate(x, x.sizes(), dtype));
+  const auto gradient_of = [&](const char* what, const Tensor& x) {
+    gradients.push_back(Where::allocate(what, x, x.sizes(), dtype));
     return written(gradients.back());
   };
-  params.dq = gradient_of(q_BNHD);
-  params.dk = gradient_of(k_BMHD);
-  params.dv = gradient_of(v_BMHD);
+  params.dq = gradient_of("the gradient of q", q_BNHD);
+  params.dk = gradient_of("the gradient of k", k_BMHD);
+  params.dv = gradient_of("the gradient of v", v_BMHD);
   if (params.G > 0) {
-    params.dq_global = gradient_of(*q_global_BGHD);
-    params.dk_global = gradient_of(*k_global_BMHD);
-    params.dv_global = gradient_of(*v_global_BMHD);
+    params.dq_global = gradient_of("the gradient of q_global", *q_global_BGHD);
+    params.dk_global = gradient_of("the gradient of k_global", *k_global_BMHD);
+    params.dv_global = gradient_of("the gradient of v_global", *v_global_BMHD);
   }
   if (B > 0) where.run(params);
   return gradients;

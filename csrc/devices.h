@@ -9,6 +9,8 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <new>
+#include <stdexcept>
 #include <string>
 
 #include "attention.h"
@@ -22,6 +24,24 @@ constexpr const char* kCudaHeadSizes = "32, 64, 128";
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// Runs `make`, which allocates. Torch's C interface leaves nothing of an error but its words: here
+// they learn what the memory was for. longpretrain/attention/memory.py reads this.
+template <class Make>
+Tensor allocating(const std::string& what, int64_t num_bytes, Make make) {
+  try {
+    return make();
+  } catch (const std::exception& error) {
+    throw std::runtime_error("allocating " + what + " (" + std::to_string(num_bytes) +
+                             " bytes): " + error.what());
+  }
+}
+
+Tensor new_tensor(const std::string& what, const Tensor& like, Shape shape, ScalarType dtype) {
+  int64_t num_bytes = dtype == ScalarType::Float ? 4 : dtype == ScalarType::Byte ? 1 : 2;
+  for (const int64_t size : shape) num_bytes *= size;
+  return allocating(what, num_bytes, [&] { return torch::stable::new_empty(like, shape, dtype); });
+}
 
 // Tasks differ in length (blocks at an edge, global rows), so threads take one after the other
 // instead of a share each. An exception must not pass torch's C interface: the first one is kept,
@@ -67,14 +87,26 @@ struct OnCpu {
   explicit OnCpu(const Tensor&) {}
   static void check_head_size(int64_t) {}
 
-  static Tensor allocate(const Tensor& like, Shape shape, ScalarType dtype) {
-    Tensor made = torch::stable::new_empty(like, shape, dtype);
+  static Tensor allocate(const char* what, const Tensor& like, Shape shape, ScalarType dtype) {
+    Tensor made = new_tensor(what, like, shape, dtype);
     advise_huge_pages(made.mutable_data_ptr(), made.numel() * (dtype == ScalarType::Float ? 4 : 2));
     return made;
   }
-  static void run(const AttentionParams& params) { attention_forward_cpu(params, parallel_for); }
+  static void run(const AttentionParams& params) {
+    with_scratch([&] { attention_forward_cpu(params, parallel_for); });
+  }
   static void run(const AttentionBackwardParams& params) {
-    attention_backward_cpu(params, parallel_for);
+    with_scratch([&] { attention_backward_cpu(params, parallel_for); });
+  }
+
+ private:
+  template <class Body>
+  static void with_scratch(Body body) {
+    try {
+      body();
+    } catch (const std::bad_alloc&) {
+      throw std::runtime_error("allocating scratch memory: out of memory");
+    }
   }
 };
 
@@ -116,8 +148,8 @@ class OnCuda {
                     head_size, " is none of ", kCudaHeadSizes);
   }
 
-  static Tensor allocate(const Tensor& like, Shape shape, ScalarType dtype) {
-    return torch::stable::new_empty(like, shape, dtype);
+  static Tensor allocate(const char* what, const Tensor& like, Shape shape, ScalarType dtype) {
+    return new_tensor(what, like, shape, dtype);
   }
   void run(const AttentionParams& params) const {
     const Tensor workspace = new_workspace(cuda_workspace_bytes(params, false));
@@ -137,7 +169,7 @@ class OnCuda {
  private:
   // The kernels may still run when it goes back to torch, which hands it out in the stream's order.
   Tensor new_workspace(size_t num_bytes) const {
-    return torch::stable::new_empty(q_, {static_cast<int64_t>(num_bytes)}, ScalarType::Byte);
+    return new_tensor("scratch memory", q_, {static_cast<int64_t>(num_bytes)}, ScalarType::Byte);
   }
 
   const Tensor& q_;
@@ -150,8 +182,7 @@ class OnCuda {
 struct OnCuda {
   static std::string why_not(int64_t) {
     return "the compiled library has no CUDA kernels: with the CUDA toolkit (nvcc 12 or newer) "
-           "installed, "
-           "install longpretrain once more with LONGPRETRAIN_CUDA=1";
+           "installed, install longpretrain once more with LONGPRETRAIN_CUDA=1";
   }
 };
 std::string cuda_kernels() { return "none"; }

@@ -5,7 +5,6 @@ test_attention_seam.py; derivatives: test_attention_gradient.py.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from longpretrain.attention import AttentionPattern, fused, sliding_attention, why_not
+from longpretrain.attention import AttentionPattern, backends, sliding_attention
 
 CASES = {
     "window_only": make_case(AttentionPattern(5), keys=70),
@@ -161,7 +160,7 @@ def test_too_many_heads_for_the_counter() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("backend", fused.BACKENDS)
+@pytest.mark.parametrize("backend", backends.BACKENDS)
 def test_too_many_keys(backend: str, device: str) -> None:
     """All one number in memory."""
     x = torch.zeros(1, 1, 1, 1, device=device).expand(1, 2**29 + 1, 1, 1)
@@ -172,28 +171,6 @@ def test_too_many_keys(backend: str, device: str) -> None:
 def test_float64_takes_any_scale_of_its_own() -> None:
     x = torch.zeros(1, 3, 1, 2, dtype=torch.float64)
     assert (sliding_attention(x, x, x, AttentionPattern(1), scale=1e39) == 0).all()
-
-
-def test_why_not_knows_the_backends() -> None:
-    assert [why_not(backend) for backend in ("auto", "portable", "reference")] == [None] * 3
-    with pytest.raises(ValueError, match="backend: got 'quick'"):
-        why_not("quick")
-
-
-def test_without_library_auto_is_portable_and_says_so_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fused, "_why_no_library", lambda: "there is no library today")
-    fused._announce_once.cache_clear()
-    with caplog.at_level(logging.INFO, logger="longpretrain.attention"):
-        for _ in range(3):
-            found = sliding_attention(**good())
-    assert [record.message for record in caplog.records] == [
-        "attention runs on the portable backend: there is no library today"
-    ]
-    assert torch.equal(found, sliding_attention(**good(), backend="portable"))
-    with pytest.raises(ValueError, match="backend: got 'fused', but there is no library today"):
-        sliding_attention(**good(), backend="fused")
 
 
 def test_dropout_that_rounds_to_nothing_needs_no_seed() -> None:

@@ -16,8 +16,10 @@ import torch
 from attention_cases import make_case, output_gradient
 from kernel_cases import (
     BF16,
+    EPS,
     F16,
     F32,
+    F64,
     HEAD_SIZES,
     LIMIT,
     assert_right,
@@ -165,6 +167,22 @@ def test_global_queries_of_another_part() -> None:
     found = check(with_slots(case, [0, 59, 60, 99], [100, 149, 3, 80]))
     assert (found["dq_global_BGHD"][0, :2] == 0).all()
     assert (found["dq_global_BGHD"][1, :3] == 0).all()
+
+
+@pytest.mark.parametrize("size", [1e4, 1e5, 2e9, -3e9, 1e12, 1e25, -2e37])
+def test_scores_of_any_size(size: float) -> None:
+    """Products are exact, so the greatest scores are equal to the last bit: their keys share the
+    weight, and a scale's rounding must not blow that up or lose it. Of both kinds of queries.
+    """
+    case = make_case(AttentionPattern(70, (1, 2)), head_size=32, keys=300, slots=20, dtype=F32)
+    for name, x in case.floats.items():
+        if name.startswith(("q", "k")):
+            with torch.no_grad():
+                x.zero_()[..., 0] = size if name.startswith("q") else torch.randint(4, x.shape[:3])
+    out, lse = case.forward("fused")
+    right, right_lse = case.to(F64).forward("reference")
+    assert (out - right).abs().max() <= LIMIT
+    assert ((lse - right_lse).abs() <= LIMIT + 4 * EPS * right_lse.abs()).all()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)

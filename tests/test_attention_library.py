@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_attention_main import run_python
 
-from longpretrain.attention import fused, why_not
+from longpretrain.attention import library, why_not
 
 
 def test_the_library_is_built_wherever_there_is_a_compiler() -> None:
@@ -35,7 +35,7 @@ print(sliding_attention(x, x, x, AttentionPattern(1)).sum().item())
 def test_a_library_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "kernels.so"
     monkeypatch.setenv("LONGPRETRAIN_LIBRARY", str(path))
-    load = fused._load_once.__wrapped__
+    load = library._load_once.__wrapped__
     assert load() == f"the compiled library is missing: there is no file {path}"
     path.write_bytes(b"no machine code")
     assert load().startswith(f"the compiled library cannot be loaded: {path}: ")
@@ -56,16 +56,16 @@ def test_a_library_that_is_another(tmp_path: Path) -> None:
 def load_without_library(patch: pytest.MonkeyPatch, file: Path, compiler: str | None) -> str:
     """The reason, where Python imports ``file`` and finds no library beside it."""
     patch.delenv("LONGPRETRAIN_LIBRARY", raising=False)
-    patch.setattr(fused.importlib.util, "find_spec", lambda name: None)
-    patch.setattr(fused.shutil, "which", lambda name: compiler)
-    patch.setattr(fused, "__file__", str(file))
-    reason = fused._load_once.__wrapped__()
+    patch.setattr(library.importlib.util, "find_spec", lambda name: None)
+    patch.setattr(library.shutil, "which", lambda name: compiler)
+    patch.setattr(library, "__file__", str(file))
+    reason = library._load_once.__wrapped__()
     assert reason is not None
     return reason
 
 
 def test_a_missing_library_names_the_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    module = tmp_path / "longpretrain" / "attention" / "fused.py"
+    module = tmp_path / "longpretrain" / "attention" / "library.py"
     reason = load_without_library(monkeypatch, module, "/usr/bin/g++")
     assert reason.startswith("the compiled library is not built: run pip install . once more")
     reason = load_without_library(monkeypatch, module, None)
@@ -79,7 +79,7 @@ def test_the_way_out_of_a_checkout_is_another(
     """There ``pip install .`` leads back here: it fills site-packages, which Python asks later."""
     (tmp_path / "csrc").mkdir()
     (tmp_path / "pyproject.toml").touch()
-    module = tmp_path / "longpretrain" / "attention" / "fused.py"
+    module = tmp_path / "longpretrain" / "attention" / "library.py"
     reason = load_without_library(monkeypatch, module, "/usr/bin/g++")
     assert reason.startswith(
         f"the compiled library is not built: run pip install -e . (or make setup) in {tmp_path}"
@@ -151,11 +151,11 @@ def test_an_instruction_set_that_cannot_be_had_is_an_error(
     built: str, machine: str, used: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = {"built": built, "machine": machine, "used": used}
-    monkeypatch.setattr(fused, "_facts", lambda: facts)
+    monkeypatch.setattr(library, "_facts", lambda: facts)
     monkeypatch.setenv("LONGPRETRAIN_CPU_LEVEL", "avx512")
     wanted = "plain or avx2" if used == "avx2" else "plain"
     with pytest.raises(ValueError, match=f"got avx512; wanted {wanted}, which the library has"):
-        fused._check_level()
+        library._check_level()
     for level in (used, ""):
         monkeypatch.setenv("LONGPRETRAIN_CPU_LEVEL", level)
-        fused._check_level()
+        library._check_level()

@@ -25,7 +25,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, Dataset
 
-from longpretrain.attention import AttentionPattern, fused, sliding_attention
+from longpretrain.attention import AttentionPattern, backends, library, sliding_attention
 from longpretrain.model.encoder import Layer, ModelConfig
 
 F32 = torch.float32
@@ -49,7 +49,7 @@ def test_what_the_kernels_cannot_take(
     changes: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     case = make_case(AttentionPattern(2), **({"keys": 9, "dtype": F32} | changes))
-    fused._announce_once.cache_clear()
+    backends._announce_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="longpretrain.attention"):
         for _ in range(2):
             assert_same_bits(case.run("auto"), case.run("portable"))
@@ -61,7 +61,7 @@ def test_what_the_kernels_cannot_take(
 
 @needs_library
 def test_cuda_tensors_without_cuda_kernels_are_for_the_portable_backend() -> None:
-    if fused.kernel_facts()["cuda"] != "none":
+    if library.kernel_facts()["cuda"] != "none":
         pytest.skip("this library has CUDA kernels")
     with FakeTensorMode():
         x = torch.empty(1, 8, 2, 32, device="cuda")
@@ -143,6 +143,43 @@ def test_a_bad_index_under_compile_is_an_error_too() -> None:
 
 
 # Layouts
+
+
+@needs_library
+def test_strides_of_one_element_are_never_taken() -> None:
+    """Torch lets them be anything: after a slice, of a view, out of other libraries."""
+    pattern = AttentionPattern(2)
+    case = make_case(pattern, batch=1, heads=1, queries=1, keys=9, head_size=32, dtype=F32)
+    q, k = case.floats["q_BNHD"].detach(), case.floats["k_BNHD"].detach()
+    odd_q = q.as_strided(q.shape, (2**60 + 1, 2**59 + 3, 7, 1))
+    odd_k = k.as_strided(k.shape, (2**60 + 1, 32, 5, 1))
+    floats = {name: (odd_q if name == "q_BNHD" else odd_k) for name in ("q_BNHD", "k_BNHD")}
+    strided = Case(pattern, {"v_BNHD": odd_k} | floats, {}).forward("fused")
+    plain = Case(pattern, {"q_BNHD": q, "k_BNHD": k, "v_BNHD": k}, {}).forward("fused")
+    assert all(torch.equal(x, y) for x, y in zip(strided, plain, strict=True))
+
+
+@needs_library
+def test_more_rows_or_slots_than_kernels_count() -> None:
+    """All one row in memory."""
+    x = torch.zeros(32).expand(1, 3, 1, 32)
+    rows = torch.zeros(32).expand(2**31, 3, 1, 32)
+    calls = {
+        "too many rows in the batch: got 2147483648, wanted at most 2147483647": {
+            "q_BNHD": rows, "k_BNHD": rows, "v_BNHD": rows,
+        },
+        "too many slots of global tokens: got 536870913, wanted at most 536870912": {
+            "q_BNHD": x, "k_BNHD": x, "v_BNHD": x,
+            "global_index_BG": torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**29 + 1),
+            "q_global_BGHD": torch.zeros(32).expand(1, 2**29 + 1, 1, 32),
+            "k_global_BNHD": x, "v_global_BNHD": x,
+        },
+    }  # fmt: skip
+    names = ("q_BNHD", "k_BNHD", "v_BNHD", "q_global_BGHD", "k_global_BNHD", "v_global_BNHD")
+    for reason, given in calls.items():
+        tensors = [given.get(name) for name in (*names, "padding", "document", "global_index_BG")]
+        with pytest.raises(RuntimeError, match=reason):
+            torch.ops.longpretrain.sliding_attention_fused(*tensors, None, 1, [1], False, 0, 1.0, 0)
 
 
 @needs_library

@@ -238,6 +238,7 @@ def test_the_checks_own_cases_run_on_the_cpu(library: None) -> None:
             gpu_checks._inputs(203, 32, dtype), AttentionPattern(37, (1, 3), True), dropout_p=0.1
         )
         assert len(found) == 7 and all(x.isfinite().all() for x in found)
+    assert max(gpu_checks.errors_of_last_rows("cpu", 2500, 2, 64).values()) < 0.02
     for dilation, is_global in ((1, False), (3, False), (3, True)):
         kept = gpu_checks.kept_weights(
             "cpu", torch.float32, dilation, causal=True, is_global=is_global

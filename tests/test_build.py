@@ -6,8 +6,10 @@ The copies are built through the same hooks that pip calls, into folders of thei
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -229,6 +231,48 @@ def test_what_fails_the_install(
     assert not (place / "dist").exists() or not files(place / "dist")
 
 
+def torch_with_cuda(folder: Path) -> str:
+    """A path of Python on which torch is the one at hand, and looks as if it had been built with
+    CUDA: that is what makes LONGPRETRAIN_CUDA=auto look for nvcc.
+    """
+    (found,) = importlib.util.find_spec("torch").submodule_search_locations
+    (folder / "torch/lib").mkdir(parents=True)
+    (folder / "torch/__init__.py").touch()
+    (folder / "torch/include").symlink_to(Path(found) / "include")
+    (folder / "torch/lib/libtorch_cpu.so").symlink_to(Path(found) / "lib/libtorch_cpu.so")
+    (folder / "torch/lib/libtorch_cuda.so").touch()
+    version = importlib.metadata.version("torch")
+    (folder / f"torch-{version}.dist-info").mkdir()
+    (folder / f"torch-{version}.dist-info/METADATA").write_text(
+        f"Name: torch\nVersion: {version}\n"
+    )
+    return str(folder)
+
+
+@pytest.mark.parametrize("wish", ["auto", "1"])
+def test_nvcc_without_the_rest_of_its_toolkit(place: Path, tmp_path: Path, wish: str) -> None:
+    """As some packages of it come: a reason to go without its kernels, if nobody asked for them."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    (place / "csrc/cuda").mkdir()
+    (place / "csrc/cuda/attention.cu").write_text('#error "there is no runtime to link with"\n')
+    status, output = build(
+        place,
+        LONGPRETRAIN_CUDA=wish,
+        CMAKE_ARGS="-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON",
+        PYTHONPATH=torch_with_cuda(tmp_path / "torch"),
+    )
+    output = " ".join(output.split())
+    assert "without the rest of its toolkit, wanted the CUDA runtime beside it too" in output
+    if wish == "auto":
+        assert status == 0, output
+        assert output.count("longpretrain: no CUDA kernels: nvcc ") == 1
+        assert LIBRARY in files(unpacked(place))
+    else:
+        assert status != 0
+        assert "LONGPRETRAIN_CUDA: got 1 and nvcc " in output
+
+
 def test_only_the_bindings_know_torch() -> None:
     """Everything else can be compiled and tested without it, for the sanitizers as well."""
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu")]
@@ -237,6 +281,17 @@ def test_only_the_bindings_know_torch() -> None:
     assert including <= {"bindings.cpp", "devices.h"}
     users = [path.name for path in sources if '"devices.h"' in path.read_text()]
     assert users in ([], ["bindings.cpp"])
+
+
+def test_launches_are_named_after_their_kernels() -> None:
+    """So that an error, the emulator and a profiler name one thing by one name."""
+    launched = 0
+    for path in (ROOT / "csrc/cuda").glob("*.cu"):
+        text = path.read_text()
+        for name in re.findall(r'\blaunch(?:_window<.*>)?\("([^"]*)"', text):
+            assert f" {name}(const Problem p" in text, f"{path.name}: {name}"
+            launched += 1
+    assert launched == 11
 
 
 def test_levels_share_no_function() -> None:

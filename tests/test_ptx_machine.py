@@ -278,3 +278,10 @@ def test_strided_rows() -> None:
 def test_unknown_instructions(program: Program) -> None:
     with pytest.raises(PtxError, match=r"PTX line \d+: .*: unknown opcode atom.global.add.f32"):
         run(program, "sums_floats", [*inputs(x=INTS), output(1)])
+
+
+def test_lines_are_those_of_the_text(program: Program) -> None:
+    """Errors and survivors of ptx/mutate.py name them."""
+    lines = program.text.split("\n")
+    code = [x for kernel in program.module.kernels.values() for x in kernel.code]
+    assert all(x.opcode in lines[x.line - 1] for x in code)

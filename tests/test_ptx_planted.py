@@ -4,15 +4,14 @@ interpreter must find each of them in the forward kernel.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from attention_cases import make_case
 from kernel_cases import BF16, F16, right_of
-from ptx.build import nvcc, ptx_of
-from ptx.calls import CUDA, Call, operator
+from ptx.build import KEPT, nvcc, of_one_kind, ptx_of
+from ptx.calls import Call, operator
 from ptx.machine import Program
 from ptx.parse import PtxError
 
@@ -48,21 +47,9 @@ PLANTED: dict[str, tuple[torch.dtype, str, str, str]] = {
 
 
 def forward_kernel(folder: Path, dtype: torch.dtype, old: str, new: str) -> Program:
-    """From a copy of the sources with the change, for one dtype and heads of 32 numbers."""
-    cuda = folder / "cuda"
-    shutil.copytree(CUDA, cuda)
-    shutil.copy(CUDA.parent / "attention.h", folder)
-    edits = [("ptx.h", old, new)]
-    for size in (64, 128):
-        call = f"if (D == {size}) return body(T{{}}, std::integral_constant<int, {size}>{{}});"
-        edits.append(("launch.h", call, ""))
-    for name in {"Float32", "BFloat16", "Float16"} - {KINDS[dtype]}:
-        edits.append(("launch.h", f"return with_head_size<{name}>(D, body);", "return;"))
-    for name, before, after in edits:
-        text = (cuda / name).read_text()
-        assert before in text, f"{name} no longer has {before!r}"
-        (cuda / name).write_text(text.replace(before, after))
-    return Program(ptx_of(cuda / "forward.cu"))
+    """With the change, for one dtype and heads of 32 numbers."""
+    cuda = of_one_kind(folder, KINDS[dtype], ("ptx.h", old, new))
+    return Program(ptx_of(cuda / "forward.cu", KEPT))
 
 
 def verdict(changed: Program, dtype: torch.dtype) -> str:

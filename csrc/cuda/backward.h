@@ -6,6 +6,7 @@
 #pragma once
 
 #include "dropout.h"
+#include "launch.h"
 #include "products.h"
 
 namespace longpretrain::cuda {
@@ -86,13 +87,7 @@ struct Sight {
         all = {larger(all.first, seen.first), smaller(all.last, seen.last)};
       }
     }
-#pragma unroll
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-      any.first = smaller(any.first, __shfl_xor_sync(~0u, any.first, distance));
-      any.last = larger(any.last, __shfl_xor_sync(~0u, any.last, distance));
-      all.first = larger(all.first, __shfl_xor_sync(~0u, all.first, distance));
-      all.last = smaller(all.last, __shfl_xor_sync(~0u, all.last, distance));
-    }
+    share_ranges<1>(any, all);
   }
 };
 
@@ -162,6 +157,28 @@ __device__ __forceinline__ void clear(float (&x)[kStrips][kTiles][4]) {
       for (int e = 0; e < 4; ++e) x[s][n][e] = 0.0f;
     }
   }
+}
+
+// A kernel of the window's backward pass: Pass(problem, block, shared).run() for a block with work.
+template <class Pass>
+__device__ __forceinline__ void run_block(const Problem& p, char* shared) {
+  using S = typename Pass::S;
+  const WindowBlock mine(p, kTokenTile, S::kOfKeys);
+  const ResidueClass& tokens = mine.tokens;
+  if (mine.first_step >= (S::kOfKeys ? tokens.num_keys : tokens.end_query)) return;
+  if (!S::kOfKeys && mine.first_step + kTokenTile <= tokens.first_query) return;
+  // There it takes no registers.
+  WindowBlock* block = reinterpret_cast<WindowBlock*>(shared + S::kBlock);
+  if (threadIdx.x == 0) *block = mine;
+  __syncthreads();
+  Pass(p, *block, shared).run();
+}
+
+template <class S>
+void launch_window(const char* name, void (*kernel)(const Problem), const Problem& problem,
+                   void* stream) {
+  launch(name, kernel, window_grid(problem, kTokenTile, S::kOfKeys), S::kThreads, S::kEnd, stream,
+         problem);
 }
 
 }  // namespace longpretrain::cuda

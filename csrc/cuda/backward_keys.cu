@@ -8,13 +8,13 @@
 // Letters: see ../attention.h.
 #include "backward.h"
 #include "kernels.h"
-#include "launch.h"
 
 namespace longpretrain::cuda {
 namespace {
 
 template <class T, int D>
 struct Shape {
+  static constexpr bool kOfKeys = true;  // what a block takes a tile of
   // Strips of a warp share what they read from shared memory; more than this takes more registers
   // than there are.
   static constexpr int kStrips = kIs16Bit<T> && D <= 64 ? 2 : 1;
@@ -261,10 +261,9 @@ struct WindowBackwardKeys {
     for (int i = 0; i < kStrips * kQueries; i += kWarp) {
       const int row = first_row + (i + lane_id()) / kQueries * kStripRows;
       const int column = (i + lane_id()) % kQueries;
-      const uint32_t step = static_cast<uint32_t>(query + column);
       const uint4 words = philox4x32(
           static_cast<uint64_t>(p.dropout_seed_B[block.b]), static_cast<uint32_t>(block.h),
-          residue + step * static_cast<uint32_t>(tokens.dilation), residue,
+          static_cast<uint32_t>(tokens.position(query + column)), residue,
           static_cast<uint32_t>(block.first_step + row) / kSixteen);
       if (i + lane_id() < kStrips * kQueries) {
         kept_of_strip(row)[column] =
@@ -314,27 +313,16 @@ template <class T, int D>
 __global__ void __launch_bounds__(Shape<T, D>::kThreads, Shape<T, D>::kBlocks)
     backward_keys_kernel(const Problem p) {
   LONGPRETRAIN_SHARED(shared);
-  const WindowBlock mine(p, kTokenTile, true);
-  if (mine.first_step >= mine.tokens.num_keys) return;
-  // There it takes no registers.
-  WindowBlock* block = reinterpret_cast<WindowBlock*>(shared + Shape<T, D>::kBlock);
-  if (threadIdx.x == 0) *block = mine;
-  __syncthreads();
-  WindowBackwardKeys<T, D>(p, *block, shared).run();
-}
-
-template <class T, int D>
-void start(const Problem& problem, void* stream) {
-  using S = Shape<T, D>;
-  launch("window backward of keys", backward_keys_kernel<T, D>,
-         window_grid(problem, kTokenTile, true), S::kThreads, S::kEnd, stream, problem);
+  run_block<WindowBackwardKeys<T, D>>(p, shared);
 }
 
 }  // namespace
 
 void window_backward_keys(const Problem& problem, DType dtype, void* stream) {
   with_types(dtype, problem.D, [&](auto type, auto head_size) {
-    start<decltype(type), decltype(head_size)::value>(problem, stream);
+    using T = decltype(type);
+    constexpr int D = decltype(head_size)::value;
+    launch_window<Shape<T, D>>("backward_keys_kernel", backward_keys_kernel<T, D>, problem, stream);
   });
 }
 

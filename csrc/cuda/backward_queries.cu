@@ -6,7 +6,6 @@
 // Letters: see ../attention.h.
 #include "backward.h"
 #include "kernels.h"
-#include "launch.h"
 
 namespace longpretrain::cuda {
 namespace {
@@ -15,6 +14,7 @@ static_assert(kSlotTile == kPiece);
 
 template <class T, int D>
 struct Shape {
+  static constexpr bool kOfKeys = false;  // what a block takes a tile of
   // Strips of a warp share what they read from shared memory; more than this takes more registers
   // than there are.
   static constexpr int kStrips = kIs16Bit<T> && D <= 64 ? 2 : 1;
@@ -247,6 +247,7 @@ struct WindowBackwardQueries {
         }
       }
     }
+    __syncwarp();  // rows have parted the lanes, products need them together
     return bits;
   }
 
@@ -254,10 +255,8 @@ struct WindowBackwardQueries {
   __device__ __forceinline__ WordBits draw_slots(int strip, int32_t tile) const {
     const int lane = lane_id();
     const uint64_t seed = static_cast<uint64_t>(p.dropout_seed_B[block.b]);
-    const uint32_t step =
-        static_cast<uint32_t>(block.first_step + first_row + strip * kStripRows + lane % 16);
-    const uint32_t query =
-        static_cast<uint32_t>(tokens.residue) + step * static_cast<uint32_t>(tokens.dilation);
+    const int32_t step = block.first_step + first_row + strip * kStripRows + lane % 16;
+    const uint32_t query = static_cast<uint32_t>(tokens.position(step));
     WordBits bits = {{0, 0}};
 #pragma unroll 1
     for (int pair = 0; pair < kSlotTile / 2; ++pair) {
@@ -272,6 +271,7 @@ struct WindowBackwardQueries {
         bits.word[x] |= ((of_row & 1) | (of_row >> 15 & 2)) << (pair / 4 * 8);
       }
     }
+    __syncwarp();
     return bits;
   }
 
@@ -354,28 +354,17 @@ template <class T, int D>
 __global__ void __launch_bounds__(Shape<T, D>::kThreads, Shape<T, D>::kBlocks)
     backward_queries_kernel(const Problem p) {
   LONGPRETRAIN_SHARED(shared);
-  const WindowBlock mine(p, kTokenTile, false);
-  if (mine.first_step >= mine.tokens.end_query) return;
-  if (mine.first_step + kTokenTile <= mine.tokens.first_query) return;
-  // There it takes no registers.
-  WindowBlock* block = reinterpret_cast<WindowBlock*>(shared + Shape<T, D>::kBlock);
-  if (threadIdx.x == 0) *block = mine;
-  __syncthreads();
-  WindowBackwardQueries<T, D>(p, *block, shared).run();
-}
-
-template <class T, int D>
-void start(const Problem& problem, void* stream) {
-  using S = Shape<T, D>;
-  launch("window backward of queries", backward_queries_kernel<T, D>,
-         window_grid(problem, kTokenTile, false), S::kThreads, S::kEnd, stream, problem);
+  run_block<WindowBackwardQueries<T, D>>(p, shared);
 }
 
 }  // namespace
 
 void window_backward_queries(const Problem& problem, DType dtype, void* stream) {
   with_types(dtype, problem.D, [&](auto type, auto head_size) {
-    start<decltype(type), decltype(head_size)::value>(problem, stream);
+    using T = decltype(type);
+    constexpr int D = decltype(head_size)::value;
+    launch_window<Shape<T, D>>("backward_queries_kernel", backward_queries_kernel<T, D>, problem,
+                               stream);
   });
 }
 

@@ -81,11 +81,6 @@ struct WindowDropout {
     }
     return bits;
   }
-
-  // Of kTokenTile keys.
-  __device__ __forceinline__ TileBits draw(int32_t first_query, int32_t first_key) const {
-    return join(draw_32(first_query, first_key), draw_32(first_query, first_key + 32));
-  }
 };
 
 }  // namespace longpretrain::cuda

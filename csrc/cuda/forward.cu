@@ -282,12 +282,13 @@ struct WindowForward : ForwardRows<Shape<T, D>::kStrips> {
         mine[x] = __ballot_sync(~0u, flag != kGlobal);
         if (lane_id() % 4 == 0 && flag != kGlobal) {
           const int32_t n = tokens.position(own_step(s, x)) - p.q_offset;
-          p.lse_BNH[p.row(block.b, n, block.h)] = has_sum ? softmax.log_sum_exp(x) : INFINITY;
+          p.lse_BNH[p.row(block.b, n, block.h)] =
+              has_sum ? softmax.log_sum_exp(x, p.log2_scale) : INFINITY;
         }
       }
       store_rows<T, D>(o[s], factor, queries, strip(s), [&](int row) {
         const uint32_t bits = row < 8 ? mine[0] : mine[1];
-        const int64_t n = tokens.position(step_of(s, row)) - p.q_offset;
+        const int64_t n = int64_t{tokens.position(step_of(s, row))} - p.q_offset;
         return (bits >> (row % 8 * 4) & 1) != 0 ? out + n * p.out.stride_N : nullptr;
       });
     }
@@ -316,7 +317,7 @@ template <class T, int D>
 void start(const Problem& problem, void* stream) {
   const auto kernel = problem.drop_below == 0 ? window_forward_kernel<T, D, false>
                                               : window_forward_kernel<T, D, true>;
-  launch("window_forward", kernel, window_grid(problem, Shape<T, D>::kRows, false), kThreads,
+  launch("window_forward_kernel", kernel, window_grid(problem, Shape<T, D>::kRows, false), kThreads,
          Shape<T, D>::kSharedBytes, stream, problem);
 }
 

@@ -78,13 +78,7 @@ struct ForwardRows {
         if (lane_id() % 4 == 0) common.windows[row_of(s, x)] = window;
       }
     }
-#pragma unroll
-    for (int distance = 4; distance < kWarp; distance *= 2) {
-      some.first = smaller(some.first, __shfl_xor_sync(~0u, some.first, distance));
-      some.last = larger(some.last, __shfl_xor_sync(~0u, some.last, distance));
-      all.first = larger(all.first, __shfl_xor_sync(~0u, all.first, distance));
-      all.last = smaller(all.last, __shfl_xor_sync(~0u, all.last, distance));
-    }
+    share_ranges<4>(some, all);
     if (lane_id() == 0) {
       common.seen_by_some[warp_id()] = some;
       common.seen_by_all[warp_id()] = all;

@@ -147,10 +147,10 @@ void global_columns_backward(const Problem& problem, DType dtype, void* stream) 
   with_types(dtype, problem.D, [&](auto type, auto head_size) {
     using T = decltype(type);
     constexpr int D = decltype(head_size)::value;
-    launch("gradients of global keys", global_columns_kernel<T, D>,
+    launch("global_columns_kernel", global_columns_kernel<T, D>,
            global_grid(problem, chunks.count * ceil_div(problem.G, kSlotTile)), kGlobalThreads,
            kTileBytes<T, D> + kColumnBytes, stream, problem, chunks);
-    launch("summing gradients of global keys", sum_key_gradients_kernel<T, D>,
+    launch("sum_key_gradients_kernel", sum_key_gradients_kernel<T, D>,
            global_grid(problem, ceil_div(problem.G, kGlobalWarps)), kGlobalThreads, 0, stream,
            problem, chunks);
   });

@@ -16,7 +16,7 @@ constexpr size_t kStatisticsBytes = 2 * kGlobalWarps * 16 * sizeof(float);
 
 // Of a slot and a chunk, as in OnlineSoftmax.
 struct Statistics {
-  float base, sum;
+  float most, sum;
 };
 
 // They lie behind the partial sums themselves, which are [B, H, chunk, G, D].
@@ -25,9 +25,9 @@ __device__ __forceinline__ Statistics* statistics(const Problem& p, const Chunks
   return reinterpret_cast<Statistics*>(p.partials + num_rows * p.D);
 }
 
-// What a sum of weights relative to one base is multiplied with to be relative to another one.
-__device__ __forceinline__ float rebased(float from, float to) {
-  return from == -INFINITY ? 0.0f : exp2_approx(from - to);
+// What a sum of weights relative to one score is multiplied with to be relative to a greater one.
+__device__ __forceinline__ float rebased(const Problem& p, float from, float to) {
+  return from == -INFINITY ? 0.0f : exp2_approx(rebase(from, to, p.log2_scale));
 }
 
 template <class T, int D>
@@ -39,7 +39,7 @@ struct GlobalRows {
   const GlobalBlock& block;
   const ResidueClass tokens;
   TileTD queries, keys, values;
-  float* shared_base;  // [warp][16]
+  float* shared_most;  // [warp][16]
   float* shared_sum;
 
   RowRanges reach;  // of the lane's two slots: positions
@@ -56,8 +56,8 @@ struct GlobalRows {
         queries{shared},
         keys(queries.from_row(kSlotTile)),
         values(keys.from_row(kTokenTile)),
-        shared_base(reinterpret_cast<float*>(shared + kTileBytes<T, D>)),
-        shared_sum(shared_base + kGlobalWarps * 16) {}
+        shared_most(reinterpret_cast<float*>(shared + kTileBytes<T, D>)),
+        shared_sum(shared_most + kGlobalWarps * 16) {}
 
   __device__ __forceinline__ int32_t query_of(int row) const {
     return query_of_slot(p, block.b, block.first_slot + row);
@@ -185,7 +185,7 @@ struct GlobalRows {
     if (lane % 4 == 0) {
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
-        shared_base[16 * warp_id() + lane / 4 + 8 * x] = softmax.base[x];
+        shared_most[16 * warp_id() + lane / 4 + 8 * x] = softmax.most[x];
         shared_sum[16 * warp_id() + lane / 4 + 8 * x] = softmax.sum[x];
       }
     }
@@ -194,16 +194,16 @@ struct GlobalRows {
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
       const int row = lane / 4 + 8 * x;
-      float base = -INFINITY, sum = 0.0f;
+      float most = -INFINITY, sum = 0.0f;
       for (int warp = 0; warp < kGlobalWarps; ++warp) {
-        base = fmaxf(base, shared_base[16 * warp + row]);
+        most = fmaxf(most, shared_most[16 * warp + row]);
       }
       for (int warp = 0; warp < kGlobalWarps; ++warp) {
-        sum += shared_sum[16 * warp + row] * rebased(shared_base[16 * warp + row], base);
+        sum += shared_sum[16 * warp + row] * rebased(p, shared_most[16 * warp + row], most);
       }
-      factor[x] = rebased(softmax.base[x], base);
+      factor[x] = rebased(p, softmax.most[x], most);
       if (warp_id() == 0 && lane % 4 == 0 && query_of(row) >= 0) {
-        statistics(p, chunks)[row_of(row)] = {base, sum};
+        statistics(p, chunks)[row_of(row)] = {most, sum};
       }
     }
     sum_over_warps<T, D>(o[0], factor, keys.base, [&](int row) {
@@ -236,14 +236,14 @@ __global__ void __launch_bounds__(kGlobalThreads)
 
   const int64_t first = partial_row(p, chunks, b, h, 0, slot);
   const Statistics* found = statistics(p, chunks) + first;
-  float base = -INFINITY, sum = 0.0f;
+  float most = -INFINITY, sum = 0.0f;
   for (int32_t i = 0; i < chunks.count; ++i) {
-    base = fmaxf(base, found[int64_t{i} * p.G].base);
+    most = fmaxf(most, found[int64_t{i} * p.G].most);
   }
   float o[2][2] = {};  // of the lane's pairs of columns
   for (int32_t i = 0; i < chunks.count; ++i) {
     const Statistics one = found[int64_t{i} * p.G];
-    const float factor = rebased(one.base, base);
+    const float factor = rebased(p, one.most, most);
     sum = fmaf(one.sum, factor, sum);
     const float* row = p.partials + (first + int64_t{i} * p.G) * D;
     for_pairs<D>([&](int column) {
@@ -260,9 +260,9 @@ __global__ void __launch_bounds__(kGlobalThreads)
   });
   if (lane_id() == 0) {
     OnlineSoftmax whole;
-    whole.base[0] = base;
+    whole.most[0] = most;
     whole.sum[0] = sum;
-    p.lse_BNH[p.row(b, query - p.q_offset, h)] = whole.log_sum_exp(0);
+    p.lse_BNH[p.row(b, query - p.q_offset, h)] = whole.log_sum_exp(0, p.log2_scale);
   }
 }
 
@@ -274,10 +274,10 @@ void global_rows(const Problem& problem, DType dtype, void* stream) {
   with_types(dtype, problem.D, [&](auto type, auto head_size) {
     using T = decltype(type);
     constexpr int D = decltype(head_size)::value;
-    launch("global rows", global_rows_kernel<T, D>,
+    launch("global_rows_kernel", global_rows_kernel<T, D>,
            global_grid(problem, chunks.count * ceil_div(problem.G, kSlotTile)), kGlobalThreads,
            kTileBytes<T, D> + kStatisticsBytes, stream, problem, chunks);
-    launch("combining global rows", combine_rows_kernel<T, D>,
+    launch("combine_rows_kernel", combine_rows_kernel<T, D>,
            global_grid(problem, ceil_div(problem.G, kGlobalWarps)), kGlobalThreads, 0, stream,
            problem, chunks);
   });

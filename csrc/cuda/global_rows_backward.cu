@@ -245,10 +245,10 @@ void global_rows_backward(const Problem& problem, DType dtype, void* stream) {
   with_types(dtype, problem.D, [&](auto type, auto head_size) {
     using T = decltype(type);
     constexpr int D = decltype(head_size)::value;
-    launch("global rows, backward", global_rows_backward_kernel<T, D>,
+    launch("global_rows_backward_kernel", global_rows_backward_kernel<T, D>,
            global_grid(problem, chunks.count), kGlobalThreads,
            kTileBytes<T, D> + kColumnBytes + kStageBytes, stream, problem, chunks);
-    launch("summing gradients of global queries", sum_query_gradients_kernel<T, D>,
+    launch("sum_query_gradients_kernel", sum_query_gradients_kernel<T, D>,
            global_grid(problem, ceil_div(problem.G, kGlobalWarps)), kGlobalThreads, 0, stream,
            problem, chunks);
   });

@@ -13,6 +13,8 @@ namespace longpretrain::cuda {
 
 // What every block may use without asking.
 constexpr size_t kPlainSharedBytes = 48 << 10;
+// Of a block with less it does not matter how much of its multiprocessor's memory is shared.
+constexpr size_t kFewSharedBytes = 1 << 10;
 
 inline std::string describe_launch(const char* name, dim3 grid, int threads, size_t shared_bytes) {
   return std::string("CUDA kernel ") + name + " (grid " + std::to_string(grid.x) + " x " +
@@ -20,7 +22,28 @@ inline std::string describe_launch(const char* name, dim3 grid, int threads, siz
          " threads, " + std::to_string(shared_bytes) + " bytes of shared memory)";
 }
 
-// `stream` is a cudaStream_t. A grid without blocks is no work. Throws std::runtime_error when the
+#ifdef __CUDACC__
+
+// As many blocks as registers allow are to find room at once: the driver is told that the first
+// cache may be small, of which it would otherwise keep what one block leaves.
+template <class... Params>
+cudaError_t ask_for_shared(void (*kernel)(Params...), size_t shared_bytes) {
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes >= kFewSharedBytes) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+  }
+  if (error == cudaSuccess && shared_bytes > kPlainSharedBytes) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared_bytes));
+  }
+  return error;
+}
+
+#endif
+
+// `name` is the kernel's in the source, as profilers show it; `stream` is a cudaStream_t. A grid
+// without blocks is no work. Throws std::runtime_error when the
 // kernel cannot be started; what goes wrong while it runs shows at the stream's next
 // synchronisation.
 template <class... Params, class... Args>
@@ -28,11 +51,7 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads,
             size_t shared_bytes, void* stream, const Args&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #ifdef __CUDACC__
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > kPlainSharedBytes) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes));
-  }
+  cudaError_t error = ask_for_shared(kernel, shared_bytes);
   if (error == cudaSuccess) {
     kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
     error = cudaGetLastError();

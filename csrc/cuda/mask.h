@@ -19,18 +19,20 @@ struct Range {
 // A range for each of a lane's two rows, g and g + 8.
 struct RowRanges {
   Range row[2];
-
-  // What is within the ranges of all 16 rows; the same in all lanes.
-  __device__ __forceinline__ Range shared_by_rows() const {
-    Range all = {larger(row[0].first, row[1].first), smaller(row[0].last, row[1].last)};
-#pragma unroll
-    for (int distance = 4; distance < kWarp; distance *= 2) {
-      all.first = larger(all.first, __shfl_xor_sync(~0u, all.first, distance));
-      all.last = smaller(all.last, __shfl_xor_sync(~0u, all.last, distance));
-    }
-    return all;
-  }
 };
+
+// What any of some lanes sees and what all of them see; lanes l and l + kDistance, 2 * kDistance
+// and so on are asked, and all told.
+template <int kDistance>
+__device__ __forceinline__ void share_ranges(Range& any, Range& all) {
+#pragma unroll
+  for (int distance = kDistance; distance < kWarp; distance *= 2) {
+    any.first = smaller(any.first, __shfl_xor_sync(~0u, any.first, distance));
+    any.last = larger(any.last, __shfl_xor_sync(~0u, any.last, distance));
+    all.first = larger(all.first, __shfl_xor_sync(~0u, all.first, distance));
+    all.last = smaller(all.last, __shfl_xor_sync(~0u, all.last, distance));
+  }
+}
 
 // What documents leave for a token: positions.
 __device__ __forceinline__ Range document_of(const Problem& p, int32_t b, int32_t position) {
@@ -131,26 +133,6 @@ __device__ __forceinline__ WordBits allowed_32(const RowRanges& ranges, uint32_t
     bits.word[x] = (live & within) >> (2 * (fresh_lane_id() % 4));
   }
   return bits;
-}
-
-// The same of kTokenTile columns: element x[n][e] has bit 8 * (n % 4) + e % 2 of word[e / 2][n /
-// 4].
-struct TileBits {
-  uint32_t word[2][2];
-
-  __device__ __forceinline__ bool has(int n, int e) const {
-    return (word[e / 2][n / 4] >> (8 * (n % 4) + e % 2) & 1) != 0;
-  }
-};
-
-__device__ __forceinline__ TileBits join(const WordBits& first, const WordBits& second) {
-  return {{{first.word[0], second.word[0]}, {first.word[1], second.word[1]}}};
-}
-
-__device__ __forceinline__ TileBits allowed(const RowRanges& ranges, const ColumnBits& live,
-                                            int32_t first_step) {
-  return join(allowed_32(ranges, live.word[0], first_step),
-              allowed_32(ranges, live.word[1], first_step + 32));
 }
 
 }  // namespace longpretrain::cuda

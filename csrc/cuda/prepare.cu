@@ -118,7 +118,8 @@ __global__ void __launch_bounds__(kThreads) sum_rows(const Problem p) {
 }  // namespace
 
 void prepare(const Problem& problem, void* stream) {
-  const dim3 grid(static_cast<unsigned>(problem.B * ceil_div(problem.M, kThreads)));
+  const int64_t num_blocks = int64_t{problem.B} * ceil_div(problem.M, kThreads);
+  const dim3 grid(static_cast<unsigned>(num_blocks));
   launch("prepare_tokens", prepare_tokens, grid, kThreads, kThreads, stream, problem);
 }
 

@@ -70,7 +70,8 @@ __device__ __forceinline__ int32_t smaller(int32_t a, int32_t b) { return a < b 
 __device__ __forceinline__ int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
 
 // The tokens of a class: steps [0, num_keys) are keys, [first_query, end_query) queries as well.
-// Nothing here overflows for M up to 2^29, but position() of a step outside of the class.
+// Nothing here overflows for M up to kLargestSequence; position() of a step outside of the class is
+// some number that nobody may use.
 struct ResidueClass {
   int32_t residue, dilation;
   int32_t num_keys, first_query, end_query;
@@ -83,7 +84,8 @@ struct ResidueClass {
         end_query(ceil_div(p.q_offset + p.N - residue_, dilation_)) {}
 
   __device__ __forceinline__ int32_t position(int32_t step) const {
-    return residue + step * dilation;
+    return static_cast<int32_t>(static_cast<uint32_t>(residue) +
+                                static_cast<uint32_t>(step) * static_cast<uint32_t>(dilation));
   }
   // The first step at or behind a position, the last one at or before it (-1: there is none).
   __device__ __forceinline__ int32_t first_step_from(int32_t at) const {
@@ -114,7 +116,10 @@ struct WindowBlock {
         first_step(0) {
     // The first query of any class lies in the tile of step q_offset / d.
     const int32_t first_tile = of_keys ? 0 : p.q_offset / d / tile_steps;
-    first_step = (first_tile + static_cast<int32_t>(blockIdx.x) / d) * tile_steps;
+    const int32_t tile = first_tile + static_cast<int32_t>(blockIdx.x) / d;
+    // Another head's dilation may ask for far more blocks; none has work behind this tile.
+    constexpr int32_t kEnd = static_cast<int32_t>(kLargestSequence);
+    first_step = smaller(tile, kEnd / tile_steps) * tile_steps;
   }
 };
 

@@ -143,6 +143,9 @@ __device__ __forceinline__ float log2_approx(float x) {
   return y;
 }
 
+// x * y, rounded even where a sum follows, with which the compiler would make one rounding of two.
+__device__ __forceinline__ float multiply_rounded(float x, float y) { return __fmul_rn(x, y); }
+
 // The same number, but the compiler does not know: what follows from it is worked out again where
 // it is needed, and no register holds it meanwhile.
 template <class Integer>
@@ -189,6 +192,8 @@ inline void unpack(uint32_t pair, float* low, float* high) {
 
 inline float exp2_approx(float x) { return emulation::exp2_approx(x); }
 inline float log2_approx(float x) { return emulation::log2_approx(x); }
+
+inline float multiply_rounded(float x, float y) { return fmaf(x, y, -0.0f); }
 
 template <class Integer>
 inline Integer fresh(Integer x) {

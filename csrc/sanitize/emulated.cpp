@@ -16,14 +16,12 @@
 
 #include "../attention.h"
 #include "../emulation/runtime.h"
+#include "numbers.h"
 
 namespace longpretrain {
 namespace {
 
-constexpr DType kFloat32 = DType::kFloat32, kBFloat16 = DType::kBFloat16,
-                kFloat16 = DType::kFloat16;
-constexpr int64_t kGap = 32;               // numbers between the rows of a view
-constexpr char kUntouched[] = "\xa5\x7f";  // a NaN in any dtype, and no operation's result
+constexpr int64_t kGap = 32;  // numbers between the rows of a view
 
 struct Case {
   const char* name;
@@ -35,6 +33,7 @@ struct Case {
   int64_t G = 0;
   bool causal = false, padding = false, documents = false;
   int32_t drop_below = 0;
+  float scale = 0.25f;
   bool is_view = false;  // with gaps between rows, and heads before tokens
 };
 
@@ -53,10 +52,10 @@ const Case kCases[] = {
     {.name = "dropout", .D = 64, .window = 40, .G = 20, .padding = true, .drop_below = 26},
     {.name = "some queries", .D = 128, .N = 40, .q_offset = 77, .G = 1, .drop_below = 26},
     {.name = "views", .dtype = kFloat16, .D = 64, .dilation_H = {1, 3}, .G = 2, .is_view = true},
+    // On both sides of softmax.h's kLargestBase.
+    {.name = "large scores", .window = 40, .N = 300, .M = 300, .G = 20, .scale = -2e4f},
     {.name = "wide rows", .dtype = kFloat32, .D = 128, .N = 70, .M = 70, .G = 1},
 };
-
-size_t size_of(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 // [B, N, H, D] in memory of exactly its size.
 class Tensor {
@@ -67,7 +66,7 @@ class Tensor {
     view_ = {nullptr, N * H * step, c.is_view ? step : H * step, c.is_view ? N * step : step};
     num_bytes_ = (std::max<int64_t>(num_rows_, 1) * step - (step - D)) * size_of(dtype);
     bytes_.reset(static_cast<char*>(std::malloc(num_bytes_)));
-    for (size_t i = 0; i < num_bytes_; ++i) bytes_.get()[i] = kUntouched[i % 2];
+    leave_untouched(bytes_.get(), num_bytes_);
     step_bytes_ = step * size_of(dtype);
     view_.data = bytes_.get();
   }
@@ -79,53 +78,27 @@ class Tensor {
     return std::memcmp(bytes_.get(), other.bytes_.get(), num_bytes_) == 0;
   }
 
-  // Between -2 and 2, never 0, exact in every dtype.
   void draw(std::mt19937& random) {
-    for_each_number([&](char* number) {
-      const uint32_t drawn = random();
-      const float x = (drawn & 1 ? 1.0f : -1.0f) * (1.0f + static_cast<float>(drawn >> 26) / 64.0f);
-      const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-      const uint16_t half =
-          static_cast<uint16_t>((bits >> 16 & 0x8000) | 0x3c00 | (bits >> 13 & 0x3ff));
-      const uint16_t brain = static_cast<uint16_t>(bits >> 16);
-      std::memcpy(number,
-                  dtype_ == kFloat32   ? static_cast<const void*>(&bits)
-                  : dtype_ == kFloat16 ? static_cast<const void*>(&half)
-                                       : static_cast<const void*>(&brain),
-                  size_of(dtype_));
-    });
+    for_each_number([&](char* x) { put_random(x, dtype_, random(), 0); });
   }
 
   // What is wrong with it as a result; null when nothing is.
   const char* flaw() {
     const char* found = nullptr;
-    for_each_number([&](char* number) {
-      uint32_t bits = 0;
-      std::memcpy(&bits, number, size_of(dtype_));
-      const uint32_t infinity = dtype_ == kFloat32   ? 0x7f800000
-                                : dtype_ == kFloat16 ? 0x7c00
-                                                     : 0x7f80;
-      const uint32_t sign = dtype_ == kFloat32 ? 1u << 31 : 1u << 15;
-      if ((bits & ~sign) > infinity) found = "has NaN";
-      if (is_untouched(number, number + size_of(dtype_))) found = "is not written in full";
+    for_each_number([&](char* x) {
+      if (is_nan(x, dtype_)) found = "has NaN";
+      if (is_untouched(x, size_of(dtype_))) found = "is not written in full";
     });
     for (int64_t i = 0; i < num_rows_ - 1; ++i) {
       const char* gap = bytes_.get() + i * step_bytes_ + D_ * size_of(dtype_);
-      const char* next = bytes_.get() + (i + 1) * step_bytes_;
-      if (!is_untouched(gap, next)) found = "is written between its rows";
+      const size_t gap_bytes = static_cast<size_t>(step_bytes_) - D_ * size_of(dtype_);
+      if (!is_untouched(gap, gap_bytes)) found = "is written between its rows";
     }
     return found;
   }
   const char* name() const { return name_; }
 
  private:
-  static bool is_untouched(const char* start, const char* end) {
-    bool same = true;
-    for (const char* byte = start; byte < end; ++byte)
-      same &= *byte == kUntouched[(byte - start) % 2];
-    return same;
-  }
-
   template <class Visit>
   void for_each_number(Visit visit) {
     for (int64_t row = 0; row < num_rows_; ++row) {
@@ -199,7 +172,7 @@ void fill(AttentionParams& p, const Case& c, const Inputs& inputs) {
   p.one_sided_window = c.window;
   p.dilation_H = c.dilation_H.data();
   p.causal = c.causal;
-  p.scale = 0.25f;
+  p.scale = c.scale;
   p.drop_below = c.drop_below;
   p.q = inputs.tensors[0].view();
   p.k = inputs.tensors[1].view();

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "../cpu/plan.h"
+#include "numbers.h"
 
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer) && !defined(__SANITIZE_ADDRESS__)
@@ -36,13 +37,9 @@
 namespace longpretrain {
 namespace {
 
-constexpr DType kFloat32 = DType::kFloat32, kBFloat16 = DType::kBFloat16,
-                kFloat16 = DType::kFloat16;
-
 constexpr int kThreads = 3;
-constexpr int64_t kGuard = 64;                     // bytes before and after a tensor's numbers
-constexpr int64_t kGap = 40;                       // numbers between the rows of a view
-constexpr char kUntouched[] = "\xa5\x7f\xa5\x7f";  // a NaN in any dtype, and no operation's result
+constexpr int64_t kGuard = 64;  // bytes before and after a tensor's numbers
+constexpr int64_t kGap = 40;    // numbers between the rows of a view
 
 struct Case {
   const char* name;
@@ -128,29 +125,6 @@ const Case kCases[] = {
      .drop_below = 26},
 };
 
-size_t size_of(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-bool is_nan(const char* number, DType dtype) {
-  if (dtype == kFloat32) {
-    float value;
-    std::memcpy(&value, number, sizeof value);
-    return value != value;
-  }
-  uint16_t bits;
-  std::memcpy(&bits, number, sizeof bits);
-  return (bits & 0x7fff) > (dtype == kBFloat16 ? 0x7f80 : 0x7c00);
-}
-
-// Sign, one of four exponents and seven bits of mantissa: exact in every dtype, never 0.
-void put_random(char* number, DType dtype, uint32_t drawn, int exponent) {
-  const uint32_t sign = drawn >> 31, mantissa = drawn & 127;
-  const uint32_t power = static_cast<uint32_t>(exponent + 12) + (drawn >> 7) % 4;  // of float16
-  const uint32_t wide = sign << 31 | (power + 112) << 23 | mantissa << 16;
-  const uint32_t half = sign << 15 | power << 10 | mantissa << 3;
-  const uint32_t bits = dtype == kFloat32 ? wide : dtype == kBFloat16 ? wide >> 16 : half;
-  std::memcpy(number, &bits, size_of(dtype));  // of little-endian machines, as kUntouched is
-}
-
 // [B, N, H, D]. All bytes that are not of its numbers stay untouched, or else.
 class Tensor {
  public:
@@ -158,7 +132,7 @@ class Tensor {
       : name_(name), dtype_(dtype), D_(D), num_rows_(B * N * H), step_(D + (is_view ? kGap : 0)) {
     strides_ = {nullptr, N * H * step_, is_view ? step_ : H * step_, is_view ? N * step_ : step_};
     bytes_.resize(num_rows_ * step_ * size_of(dtype) + 2 * kGuard);
-    for (size_t i = 0; i < bytes_.size(); ++i) bytes_[i] = kUntouched[i % 4];
+    leave_untouched(bytes_.data(), bytes_.size());
   }
 
   TensorBNHD view() {
@@ -195,15 +169,12 @@ class Tensor {
     Tensor rest = *this;
     const char* found = nullptr;
     rest.for_each_number([&](char* x) {
-      const bool untouched = std::memcmp(x, kUntouched, size_of(dtype_)) == 0;
       if (!may_be_nan && is_nan(x, dtype_)) found = "has NaN";
-      if (untouched) found = "is not written in full";
-      std::memcpy(x, kUntouched, size_of(dtype_));
+      if (is_untouched(x, size_of(dtype_))) found = "is not written in full";
+      leave_untouched(x, size_of(dtype_));
     });
-    for (size_t i = 0; i < bytes_.size(); ++i) {
-      if (rest.bytes_[i] != kUntouched[i % 4]) return "is written beside its numbers";
-    }
-    return found;
+    const bool is_rest_untouched = is_untouched(rest.bytes_.data(), rest.bytes_.size());
+    return is_rest_untouched ? found : "is written beside its numbers";
   }
 
  private:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 import longpretrain
-from longpretrain.attention.fused import BACKENDS, kernel_facts, sliding_attention, why_not
+from longpretrain.attention.backends import BACKENDS, why_not
+from longpretrain.attention.fused import sliding_attention
+from longpretrain.attention.library import kernel_facts
 from longpretrain.attention.pattern import AttentionPattern
 from longpretrain.errors import InputError
 

@@ -22,6 +22,7 @@ from kernel_cases import F32, check, check_cancelled, each_dtype, in_16_bits, so
 from operator_cases import LAYOUTS, laid_out, operator_cases
 from test_attention_bits import test_dropped_weights_are_those_of_the_reference as check_dropout
 from test_attention_fused import assert_same_bits
+from test_attention_kernels import test_scores_of_any_size as check_scores
 from test_attention_rounding import test_error_in_16_bits as check_16_bits
 from test_properties_attention import assert_equals_reference
 from torch.nn.functional import pad
@@ -86,6 +87,11 @@ def test_error_in_16_bits(
     check_16_bits(head_size, dtype, monkeypatch)
 
 
+@pytest.mark.parametrize("size", [1e4, 2e9, -3e9, 1e25, -2e37])
+def test_scores_of_any_size(size: float) -> None:
+    check_scores(size)
+
+
 @each_dtype
 def test_dropout_draws_the_bits_of_the_reference(dtype: torch.dtype) -> None:
     changes = {"keys": 128, "padding": True, "slots": 20, "documents": True}
@@ -142,6 +148,20 @@ def test_other_head_sizes_are_for_the_portable_backend(head_size: int) -> None:
         case.run("fused")
     out, lse = case.forward("auto")
     assert torch.equal(out, case.forward("portable")[0]) and lse.isfinite().all()
+
+
+def test_no_room_for_scratch_memory() -> None:
+    """Partial results of very many slots, none of which is in use."""
+    q = torch.zeros(128).expand(1, 1, 60_000, 128)
+    index_BG = torch.full((1, 1 << 22), -1)
+    own = torch.zeros(128).expand(1, 1 << 22, 60_000, 128)
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"forward pass\): got no room for scratch memory, 119\.0 TiB"
+    ):
+        sliding_attention(
+            q, q, q, AttentionPattern(1), global_index_BG=index_BG, q_global_BGHD=own,
+            backend="fused",
+        )  # fmt: skip
 
 
 def test_an_empty_batch() -> None:

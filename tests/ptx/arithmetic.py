@@ -46,6 +46,11 @@ def fma(a: Vector, b: Vector, c: Vector) -> Vector:
     return result
 
 
+def fma_all(a: list[Vector], b: list[Vector], c: list[Vector]) -> Vector:
+    """Many at once; a row for each."""
+    return fma(*map(np.concatenate, (a, b, c))).reshape(len(a), -1)
+
+
 def _rounded_once(a: Vector, b: Vector, total: Vector) -> Vector:
     """a + b in float32: the float64 sum is moved off halfway to the side of what it lost."""
     part = total - a

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,8 @@ from ptx.machine import Launch, Program
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 FLAGS = ["-std=c++20", "-lineinfo", "-Xcompiler", "-fPIC"]
+CUDA = ROOT / "csrc" / "cuda"
+KEPT = ROOT / "build" / "ptx" / "kept"  # PTX by the text of its sources
 AT_ONCE = 2
 
 
@@ -52,12 +56,48 @@ def _compile(source: Path, folder: Path, arch: int, version: str) -> Path:
     return folder
 
 
-def ptx_of(source: Path) -> str:
-    """Without the rest: quicker."""
-    out = source.with_suffix(".ptx")
-    command = [str(nvcc()), *FLAGS, "-arch=sm_80", "-ptx", str(source), "-o", str(out)]
-    subprocess.run(command, check=True)
+def ptx_of(source: Path, kept: Path, arch: int = 80) -> str:
+    """Without the rest: quicker. In the folder ``kept`` is one for each text of the source and its
+    headers.
+    """
+    compiler = subprocess.run([str(nvcc()), "--version"], check=True, capture_output=True)
+    flags = [*FLAGS, f"-arch=sm_{arch}", "-ptx"]
+    out = kept / f"{source.stem}.{_digest(source, f'{compiler.stdout!r} {flags}')[:16]}.ptx"
+    if not out.exists():
+        kept.mkdir(parents=True, exist_ok=True)
+        made = out.with_suffix(f".{os.getpid()}")
+        subprocess.run([str(nvcc()), *flags, str(source), "-o", str(made)], check=True)
+        made.rename(out)
     return out.read_text()
+
+
+def of_one_kind(folder: Path, kind: str, *more: tuple[str, str, str]) -> Path:
+    """A copy of csrc/cuda that is quick to compile: for one dtype and heads of 32 numbers.
+
+    ``more``: other changes, each a file's name, a text there and what replaces it.
+    """
+    cuda = folder / "cuda"
+    shutil.copytree(CUDA, cuda)
+    shutil.copy(CUDA.parent / "attention.h", folder)
+    edits = list(more)
+    for size in (64, 128):
+        call = f"if (D == {size}) return body(T{{}}, std::integral_constant<int, {size}>{{}});"
+        edits.append(("launch.h", call, ""))
+    for name in {"Float32", "BFloat16", "Float16"} - {kind}:
+        edits.append(("launch.h", f"return with_head_size<{name}>(D, body);", "return;"))
+    for name, before, after in edits:
+        text = (cuda / name).read_text()
+        assert before in text, f"{name} no longer has {before!r}"
+        (cuda / name).write_text(text.replace(before, after))
+    return cuda
+
+
+def code_of(text: str) -> list[str]:
+    """What a module does: lines without places in sources and what names a file's compilation."""
+    text = re.sub(r"//[^\n]*|^[ \t]*\.(loc|file|target)\b[^\n]*", "", text, flags=re.MULTILINE)
+    text = re.split(r"^\s*\.section\b", text, maxsplit=1, flags=re.MULTILINE)[0]
+    text = re.sub(r"(_GLOBAL__N__|_cu_)[0-9a-f]{8}", r"\1", text)
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def _digest(source: Path, more: str) -> str:
@@ -65,7 +105,7 @@ def _digest(source: Path, more: str) -> str:
     headers = sorted(x for folder in source.parents[:2] for x in folder.glob("*.h"))
     found = hashlib.sha256(more.encode())
     for file in (source, *headers):
-        found.update(str(file).encode() + b"\0" + file.read_bytes())
+        found.update(file.name.encode() + b"\0" + file.read_bytes())
     return found.hexdigest()
 
 

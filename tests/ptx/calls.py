@@ -9,20 +9,20 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from attention_cases import Case, output_gradient
+from cuda_check.toolchain import find_nvcc, whole
 from torch import Tensor
 
 from ptx.buffers import Buffer, GlobalMemory
-from ptx.build import HERE, ROOT, Recorder, compile_sources
+from ptx.build import AT_ONCE, CUDA, HERE, Built, Recorder
 from ptx.machine import Launch, Program
 
-CUDA = ROOT / "csrc" / "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # as enum class DType counts them
 WORKSPACE = 1 << 50  # its address
 PARTS = ("flags", "document_begin", "document_end", "delta", "slot_position", "partials")
@@ -64,9 +64,12 @@ class Operator:
     library: ctypes.CDLL
 
     @classmethod
-    def build(cls, folder: Path, sources: Path = CUDA) -> Operator:
-        built = compile_sources(sorted(sources.glob("*.cu")), folder)
-        library = built.link([HERE / "entry.cpp", sources / "workspace.cpp"])
+    def build(cls) -> Operator:
+        """From the files that `make cuda-check` reads too."""
+        compiler = find_nvcc()
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            built = Built(list(pool.map(lambda x: whole(compiler, x), sorted(CUDA.glob("*.cu")))))
+        library = built.link([HERE / "entry.cpp", CUDA / "workspace.cpp"])
         library.call.restype = ctypes.c_char_p
         for function in (library.workspace_parts, library.bytes_of_params):
             function.restype = ctypes.c_size_t
@@ -122,7 +125,7 @@ class Operator:
 @functools.cache
 def operator() -> Operator:
     """Compiled when first asked for, and kept for the next run."""
-    return Operator.build(ROOT / "build" / "ptx" / "kernels")
+    return Operator.build()
 
 
 def stable_name(kernel: str) -> str:

@@ -96,8 +96,11 @@ class Machine:
         self.block = self.lane // self.num_threads
         self.thread = first_block * self.num_threads + self.lane  # in the grid
         self.special = self._special_registers(launch)
-        self.registers = [self._undefined(dtype) for dtype in translator.dtypes]
+        undefined = {dtype: self._undefined(dtype) for dtype in set(translator.dtypes)}
+        self.registers = [undefined[dtype] for dtype in translator.dtypes]
         self.constants: list[Vector] = []
+        self._mask: Vector | None = None  # the last one, and its lanes
+        self._lanes = self.lane
         self.warp_epoch = np.zeros(self.num_lanes, i8)  # barriers of a warp so far
         self.end = len(translator.blocks)
         self.pc = np.zeros(self.num_lanes, i8)  # basic block, when not all are at one
@@ -220,7 +223,11 @@ class Machine:
     # What translated code and the memories call
 
     def lanes(self, mask: Vector | None) -> Vector:
-        return self.lane if mask is None else np.flatnonzero(mask)
+        if mask is None:
+            return self.lane
+        if mask is not self._mask:  # most instructions of a basic block have the same
+            self._mask, self._lanes = mask, np.flatnonzero(mask)
+        return self._lanes
 
     @contextmanager
     def blame(self, lanes: Vector, line: int) -> Iterator[None]:

@@ -43,7 +43,7 @@ class Space:
     def load(
         self, address: Vector, dtype: type, count: int, mask: Vector | None, line: int
     ) -> list[Vector]:
-        """``count`` numbers that lie side by side; 0 for lanes outside of the mask."""
+        """``count`` numbers that lie side by side; any for lanes outside of the mask."""
         machine = self.machine
         lanes = machine.lanes(mask)
         if not len(lanes):
@@ -51,7 +51,9 @@ class Space:
         size = np.dtype(dtype).itemsize * count
         with machine.blame(lanes, line):
             place = self.readable(machine.pick(address, lanes, mask), size, lanes, line)
-        return machine.spread(gather(self.bytes, place, dtype, count), lanes, mask)
+        if mask is not None:
+            (place,) = machine.spread([place], lanes, mask)
+        return gather(self.bytes, place, dtype, count)
 
     def store(self, address: Vector, values: list[Vector], mask: Vector | None, line: int) -> None:
         machine = self.machine
@@ -96,7 +98,7 @@ def gather(storage: Vector, place: Vector, dtype: Any, count: int) -> list[Vecto
     index = place >> (size.bit_length() - 1)
     if count == 1:
         return [numbers[index]]
-    return list(np.ascontiguousarray(numbers.reshape(-1, count)[index].T))
+    return list(np.ascontiguousarray(numbers.reshape(-1, count).take(index, axis=0).T))
 
 
 def check_alignment(address: Vector, size: int) -> None:

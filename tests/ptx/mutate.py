@@ -1,24 +1,31 @@
-"""How much the cases of test_ptx_attention.py see: one random instruction of a kernel is changed,
+"""How much cases.py sees: one random instruction of a kernel is changed,
 and all cases run. By hand: PYTHONPATH=tests python -m ptx.mutate 100 [seed]
 
-A survivor is a change that does no harm, or one that no case notices: worth a look.
+A survivor is a change that does no harm, or one that no case notices: worth a look. MUTATION.md
+tells of the last long run. A run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import itertools
+import json
 import random
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from kernel_cases import BF16, right_of
-from test_ptx_attention import cases
 from torch import Tensor
 
+from ptx.build import HERE, ROOT
 from ptx.calls import Call, Operator, operator, stable_name
+from ptx.cases import cases, with_a_name_twice
 from ptx.machine import Program
 from ptx.parse import Instruction, PtxError, vector
 
@@ -101,39 +108,61 @@ def verdict(
     return "survived"
 
 
-def main(count: int, seed: int) -> None:
-    draw = random.Random(seed)
-    clean, rights = operator(), []
-    for layout, case in cases(HEAD_SIZE).values():
-        call = Call(clean, case.to(BF16), layout)
-        right = right_of(call.case)
-        rights.append((call, right, errors(call.run(), right)))
-    candidates = [
+def candidates(program_list: list[Program]) -> list[tuple[Program, str, int]]:
+    """Instructions of the kernels: program, kernel, index."""
+    return [
         (program, kernel, at)
-        for program in clean.programs
+        for program in program_list
         for kernel, parsed in program.module.kernels.items()
         if KERNELS in kernel
         for at in range(len(parsed.code))
     ]
-    verdicts: Counter[str] = Counter()
-    while sum(verdicts.values()) < count:
-        program, kernel, at = draw.choice(candidates)
+
+
+def drawn(clean: Operator, seed: int) -> Iterator[tuple[Operator, str]]:
+    """Operators with one change each, and what it is."""
+    draw, places = random.Random(seed), candidates(clean.programs)
+    while True:
+        program, kernel, at = draw.choice(places)
         instruction = program.module.kernels[kernel].code[at]
         if not (choices := mutants(instruction)):
             continue
         kind, new = draw.choice(choices)
-        changed = changed_kernel(program, kernel, at, new)
-        entry = {stable_name(kernel): (changed, kernel)}
         other = Operator(clean.programs, clean.library)
-        other.kernels |= entry
-        found = verdict(other, rights)
-        verdicts[found] += 1
-        if found == "survived":
-            where = program.source_of(instruction.line)
-            became = f"{new.opcode} {', '.join(new.operands)}" if new else "nothing"
-            print(f"survived: {kind}: {instruction.text} -> {became} ({where})", flush=True)
-    for found, times in verdicts.most_common():
-        print(f"{times:5} {found}")
+        other.kernels[stable_name(kernel)] = changed_kernel(program, kernel, at, new), kernel
+        became = f"{new.opcode} {', '.join(new.operands)}" if new else "nothing"
+        if new and new.guard_negated != instruction.guard_negated:
+            became = f"not {new.guard}: {became}"
+        name = re.sub(r".*?([a-z_]+_kernel|sum_rows).*", r"\1", stable_name(kernel))
+        where = program.source_of(instruction.line)
+        yield other, f"{kind}: {name}: {instruction.text} -> {became} ({where})"
+
+
+def record_of(clean: Operator, seed: int) -> Path:
+    """Of this PTX, these cases and this seed: a line of JSON for each mutant, in turn."""
+    state = hashlib.sha256("\0".join(x.text for x in clean.programs).encode())
+    state.update((HERE / "cases.py").read_bytes())
+    return ROOT / "build" / "ptx" / f"mutants-{state.hexdigest()[:12]}-{seed}.jsonl"
+
+
+def main(count: int, seed: int) -> None:
+    clean, rights = operator(), []
+    record = record_of(clean, seed)
+    found = [json.loads(x) for x in record.read_text().splitlines()] if record.exists() else []
+    for layout, case in cases(HEAD_SIZE, BF16).values():
+        call, right = Call(clean, with_a_name_twice(case), layout), right_of(case)
+        rights.append((call, right, errors(call.run(), right)))
+    with record.open("a") as file:
+        for changed, what in itertools.islice(drawn(clean, seed), len(found), count):
+            found.append([verdict(changed, rights), what])
+            file.write(json.dumps(found[-1]) + "\n")
+            file.flush()
+    print(f"{len(found)} mutants, seed {seed}; all of them: {record}")
+    for ending, times in Counter(ending for ending, _ in found).most_common():
+        print(f"{times:5} {ending}")
+    for ending, what in found:
+        if ending == "survived":
+            print(f"survived: {what}")
 
 
 if __name__ == "__main__":

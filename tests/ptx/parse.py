@@ -88,7 +88,7 @@ _STATEMENT = re.compile(
 
 def _statements(text: str) -> Iterator[tuple[int, str]]:
     """Line and statement. A brace is a statement, unless it holds a vector of operands."""
-    text = re.sub(r"//[^\n]*|^\s*\.(loc|file)\b[^\n]*", "", text, flags=re.MULTILINE)
+    text = re.sub(r"//[^\n]*|^[ \t]*\.(loc|file)\b[^\n]*", "", text, flags=re.MULTILINE)
     text = re.split(r"^\s*\.section\b", text, maxsplit=1, flags=re.MULTILINE)[0].rstrip()
     newlines = [match.start() for match in re.finditer("\n", text)]
     at = 0

@@ -72,7 +72,8 @@ class SharedMemory(Window):
     def check_written(self, place: Vector, size: int) -> None:
         word = min(size, 8)
         states = self.state.view(f"u{word}").reshape(-1, size // word)
-        bad = states[place // size] != ALL_WRITTEN & (1 << 8 * word) - 1
+        states = states.take(place >> (size.bit_length() - 1), axis=0)
+        bad = states != ALL_WRITTEN & (1 << 8 * word) - 1
         if np.count_nonzero(bad):
             bad = bad.any(1)
             at = int(place[np.flatnonzero(bad)[0]])
@@ -93,7 +94,7 @@ class SharedMemory(Window):
     def matrix_rows(self, address: Vector, lanes: Vector, line: int) -> Vector:
         """The rows of 8 numbers of 16 bits that these lanes name."""
         place = self.readable(address, 16, lanes, line)
-        return self.bytes.view(u2).reshape(-1, 8)[place >> 4]
+        return self.bytes.view(u2).reshape(-1, 8).take(place >> 4, axis=0)
 
     # Races
 

@@ -35,6 +35,9 @@ class Translator:
         number = {first: i for i, first in enumerate(starts)}
         self.target = {label: number[at] for label, at in kernel.labels.items() if at in number}
         self.kinds = [kind_of(self.operations[first]) for first, _ in self.blocks]
+        self.written_and_read = [
+            self._written_and_read(*pair) for pair in zip(kernel.code, self.operations, strict=True)
+        ]
         self.shared_registers = self._shared_registers()
         self._functions: dict[tuple[int, bool], Callable[..., Any]] = {}
 
@@ -84,8 +87,8 @@ class Translator:
         home: dict[int, int] = {}
         for block, (first, last) in enumerate(self.blocks):
             for i in range(first, last):
-                instruction, operation = self.kernel.code[i], self.operations[i]
-                written, read = self._written_and_read(instruction, operation)
+                instruction = self.kernel.code[i]
+                written, read = self.written_and_read[i]
                 for register in read + written:
                     is_new = register not in home
                     reads_old = register in read or instruction.guard is not None
