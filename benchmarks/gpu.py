@@ -91,10 +91,7 @@ def _need_kernels() -> None:
     reason = why_not("fused")
     if reason is None and kernel_facts().get("cuda", "none") == "none":
         reason = "the compiled library has no CUDA kernels: run `make gpu-check`, which builds them"
-    if reason is None:
-        import torch
-
-        reason = torch.ops.longpretrain.cuda_why_not(0) or None
+    reason = reason or why_not("fused", "cuda")
     if reason is not None:
         raise NotHereError(f"{reason}.")
 

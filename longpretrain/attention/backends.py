@@ -11,7 +11,7 @@ import logging
 import torch
 from torch import Tensor
 
-from longpretrain.attention.library import kernel_facts, why_no_library
+from longpretrain.attention.library import kernel_facts, why_no_library, why_not_on_gpu
 from longpretrain.errors import InputError
 
 BACKENDS = ("auto", "fused", "portable", "reference")
@@ -51,7 +51,7 @@ def choose(backend: str, q_BNHD: Tensor) -> str:
     _check_name(backend)
     if backend in {"portable", "reference"}:
         return backend
-    reason = why_no_library() or _beyond_the_kernels(q_BNHD)
+    reason = why_no_library() or _call_beyond(q_BNHD)
     if reason is None:
         return "fused"
     if backend == "auto":
@@ -84,7 +84,7 @@ def _as_device(device: torch.device | str | None) -> torch.device:
         ) from None
 
 
-def _beyond_the_kernels(q_BNHD: Tensor) -> str | None:
+def _call_beyond(q_BNHD: Tensor) -> str | None:
     """Why the compiled kernels cannot take a call like this."""
     device, dtype, head_size = q_BNHD.device, q_BNHD.dtype, q_BNHD.shape[3]
     reason = _why_not_on(device)
@@ -121,7 +121,7 @@ def _why_not_on_gpu(index: int | None) -> str | None:
     if index in _able_gpus:
         return None
     try:
-        found: str = torch.ops.longpretrain.cuda_why_not(index)
+        found = why_not_on_gpu(index)
     except RuntimeError as error:
         words = str(error).partition("\n")[0].partition(" (originally from")[0]
         return f"cuda:{index} cannot be asked: {words}"

@@ -48,6 +48,15 @@ def kernel_facts() -> Mapping[str, str]:
     return _facts() if why_no_library() is None else {}
 
 
+def why_not_on_gpu(index: int) -> str:
+    """What keeps the library's CUDA kernels from a GPU; empty if nothing does.
+
+    Raises:
+        RuntimeError: the GPU cannot be asked.
+    """
+    return str(torch.ops.longpretrain.cuda_why_not(index))
+
+
 def _facts() -> Mapping[str, str]:
     lines = torch.ops.longpretrain.kernel_facts().splitlines()
     return {name: value for name, _, value in (line.partition(": ") for line in lines)}
