@@ -10,11 +10,19 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeAlias
 
-from longpretrain.terminal import FAILED, Parser, bar, check_encoding, exit_code, open_streams
+from longpretrain import cli_prepare
+from longpretrain.terminal import (
+    FAILED,
+    Parser,
+    bar,
+    check_encoding,
+    exit_code,
+    open_streams,
+    path_argument,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,10 +100,10 @@ def _add_convert(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "source",
-        type=_path,
+        type=path_argument,
         help="Hugging Face RoBERTa or Longformer folder, or a fairseq .pt with dict.txt beside it",
     )
-    parser.add_argument("target", type=_path, help="folder to write")
+    parser.add_argument("target", type=path_argument, help="folder to write")
     parser.add_argument(
         "--positions", type=int, default=4096, help="longest sequence, in tokens (4096)"
     )
@@ -119,7 +127,7 @@ def _add_convert(verbs: Verbs) -> None:
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
-        type=_path,
+        type=path_argument,
         metavar="DIR",
         help="folder with the tokenizer of the model (the source's own)",
     )
@@ -142,54 +150,8 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _add_prepare(verbs: Verbs) -> None:
-    parser = _verb(
-        verbs,
-        "prepare",
-        "Turn text into token shards.",
-        "longpretrain prepare books/ news.jsonl --out data/train --workers 8",
-        _prepare,
-    )
-    parser.add_argument(
-        "inputs",
-        nargs="+",
-        type=_path,
-        metavar="INPUT",
-        help=".txt or .jsonl files, or folders of them",
-    )
-    parser.add_argument("--out", type=_path, required=True, help="folder to write")
-    parser.add_argument(
-        "--tokenizer", type=_path, help="folder with a tokenizer (RoBERTa's BPE, which is built in)"
-    )
-    parser.add_argument("--workers", type=int, default=1, help="processes (1)")
-    parser.add_argument(
-        "--documents",
-        choices=("auto", "file", "blank-line"),
-        default="auto",
-        help="what a document is in .txt: a file, or what stands between blank lines",
-    )
-    parser.add_argument(
-        "--field", default="text", help="the field of .jsonl that holds the text (text)"
-    )
-
-
-def _prepare(options: argparse.Namespace) -> int:
-    from longpretrain.data.prepare import prepare
-
-    with bar("prepare") as progress:
-        manifest = prepare(
-            options.inputs,
-            options.out,
-            tokenizer_folder=options.tokenizer,
-            workers=options.workers,
-            documents=options.documents,
-            field=options.field,
-            progress=progress,
-        )
-    print(
-        f"{options.out}: {manifest.documents:,} documents, {manifest.tokens:,} tokens "
-        f"({manifest.empty_documents:,} empty documents left out)"
-    )
-    return 0
+    parser = _verb(verbs, "prepare", cli_prepare.DOES, cli_prepare.EXAMPLE, cli_prepare.run)
+    cli_prepare.add_arguments(parser)
 
 
 def _add_train(verbs: Verbs) -> None:
@@ -245,8 +207,10 @@ def _add_evaluate(verbs: Verbs) -> None:
         "longpretrain evaluate runs/demo --data data/valid --max-tokens 512,4096",
         _evaluate,
     )
-    parser.add_argument("model", type=_path, help="model folder, checkpoint or run folder")
-    parser.add_argument("--data", type=_path, required=True, help="folder of held-out shards")
+    parser.add_argument("model", type=path_argument, help="model folder, checkpoint or run folder")
+    parser.add_argument(
+        "--data", type=path_argument, required=True, help="folder of held-out shards"
+    )
     parser.add_argument(
         "--max-tokens",
         type=_integers,
@@ -268,7 +232,7 @@ def _add_evaluate(verbs: Verbs) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(fp32)")
     parser.add_argument(
         "--json",
-        type=_path,
+        type=path_argument,
         help="also write the numbers here (RUN/evaluation.json for a run folder)",
     )
 
@@ -305,9 +269,9 @@ def _add_export(verbs: Verbs) -> None:
         _export,
     )
     parser.add_argument(
-        "source", type=_path, help="run folder, checkpoint, model folder, or a fairseq .pt"
+        "source", type=path_argument, help="run folder, checkpoint, model folder, or a fairseq .pt"
     )
-    parser.add_argument("target", type=_path, help="folder to write")
+    parser.add_argument("target", type=path_argument, help="folder to write")
     parser.add_argument(
         "--format",
         choices=("hf", "fairseq"),
@@ -337,9 +301,13 @@ def _add_verify(verbs: Verbs) -> None:
         "longpretrain verify exported",
         _verify,
     )
-    parser.add_argument("folder", type=_path, metavar="A", help="model folder")
+    parser.add_argument("folder", type=path_argument, metavar="A", help="model folder")
     parser.add_argument(
-        "other", type=_path, nargs="?", metavar="B", help="another one, to compare tensor by tensor"
+        "other",
+        type=path_argument,
+        nargs="?",
+        metavar="B",
+        help="another one, to compare tensor by tensor",
     )
 
 
@@ -359,7 +327,7 @@ def _add_report(verbs: Verbs) -> None:
         "longpretrain report runs/demo",
         _report,
     )
-    parser.add_argument("run_dir", type=_path, metavar="RUN", help="run folder")
+    parser.add_argument("run_dir", type=path_argument, metavar="RUN", help="run folder")
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -367,12 +335,6 @@ def _report(options: argparse.Namespace) -> int:
 
     print(f"wrote {write_report(options.run_dir)}")
     return 0
-
-
-def _path(text: str) -> Path:
-    if not text:  # Path("") would be the current folder
-        raise argparse.ArgumentTypeError("got nothing; wanted a path (is a shell variable unset?)")
-    return Path(text)
 
 
 def _integers(text: str) -> list[int]:

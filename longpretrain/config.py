@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from longpretrain.errors import InputError
+from longpretrain.mix_config import MixSource, check_mix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +59,18 @@ class DataConfig:
     """Corpora, as `longpretrain prepare` wrote them, and how they are cut into sequences."""
 
     train: str = ""
-    """Folder of training shards. Required."""
+    """Folder of training shards. Required, unless there is a mix."""
+    mix: tuple[MixSource, ...] = ()
+    """Several folders of training shards, instead of train: by name, each with its amount."""
     valid: str = ""
     """Folder of held-out shards. Empty: no evaluation during training."""
     max_tokens: int = 4096
     """Tokens per sequence, special tokens included."""
-    blocks: Literal["full_sentences", "document"] = "full_sentences"
+    blocks: Literal["full_sentences", "document", "packed"] = "full_sentences"
     """full_sentences: a stream across documents (RoBERTa's recipe); document: never mixes two
-    documents."""
+    documents; packed: pieces of documents side by side, each framed and attending to itself."""
+    loader_workers: int = 0
+    """Processes that make batches beside each rank. 0: a background thread of the rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +203,7 @@ class Config:
 
 # Keys that a run may change when it goes on: none of them changes which samples are seen, or in
 # what order, nor the curve beyond rounding (design: the checkpoint holds whole fp32 parameters).
+# data.train and data.mix: any part that leaves the samples so far as they were (tasks/sources.py).
 MAY_CHANGE = (
     "name",
     "run.dir",
@@ -204,7 +211,9 @@ MAY_CHANGE = (
     "model.path",
     "model.attention_backend",
     "data.train",
+    "data.mix",
     "data.valid",
+    "data.loader_workers",
     "batch.micro_sequences",
     "precision",
     "zero.config",
@@ -226,15 +235,22 @@ def to_tree(config: Config) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(entry) for key, entry in value.items()}
+        if isinstance(value, Fraction):
+            return value.numerator if value.denominator == 1 else str(value)
         return list(value) if isinstance(value, tuple) else value
 
-    return cast(dict[str, Any], plain(dataclasses.asdict(config)))
+    tree = dataclasses.asdict(config)
+    tree["data"]["mix"] = {
+        source.pop("name"): {key: value for key, value in source.items() if value is not None}
+        for source in tree["data"]["mix"]
+    }
+    return cast(dict[str, Any], plain(tree))
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values, in order."""
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -248,7 +264,7 @@ def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     return [
         (key, before[key], after[key])
         for key in before
-        if key not in MAY_CHANGE and before[key] != after[key]
+        if key not in MAY_CHANGE and not key.startswith("data.mix.") and before[key] != after[key]
     ]
 
 
@@ -258,6 +274,7 @@ def _check(config: Config) -> None:
     """
     _check_signs(config)
     _check_shares(config)
+    check_mix(config.data.mix, config.data.train)
     if (
         config.schedule.warmup_steps >= config.schedule.total_steps
         and config.schedule.decay == "polynomial"
@@ -294,6 +311,7 @@ def _check_signs(config: Config) -> None:
             )
     at_least_zero = {
         "run.seed": config.run.seed,
+        "data.loader_workers": config.data.loader_workers,
         "optim.lr": config.optim.lr,
         "optim.weight_decay": config.optim.weight_decay,
         "optim.clip_norm": config.optim.clip_norm,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import traceback
+from typing import Any
 
 
 class InputError(ValueError):
@@ -31,6 +32,14 @@ class InputError(ValueError):
         self.way_out = way_out
         text = f"{what}: got {self.got}; wanted {self.wanted}. {way_out}"
         super().__init__(" ".join(text.split()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Out of a worker process: an exception is pickled by its message alone.
+        return _input_error, (self.what, self.got, self.wanted, self.way_out), self.__dict__
+
+
+def _input_error(what: str, got: str, wanted: str, way_out: str) -> InputError:
+    return InputError(what, got=got, wanted=wanted, way_out=way_out)
 
 
 _FREE = "Free some room there, or choose another disk; then run it again."

@@ -25,13 +25,14 @@ _SHOWN = 40
 """Characters of a name that its temporary name shows: file systems take 255 bytes."""
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a text file (UTF-8, newlines as given): whole or not at all."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces a file, whole or not at all; text is written in UTF-8, newlines as given."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
     part = path.with_name(f".{path.name[:_SHOWN]}.{uuid.uuid4().hex}.part")
     try:
         with told_as(path, part):
-            with part.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
+            with part.open("wb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(path)

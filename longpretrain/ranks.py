@@ -2,10 +2,9 @@
 
 The launchers speak through environment variables: deepspeed and torchrun set RANK, WORLD_SIZE and
 LOCAL_RANK; srun sets SLURM_PROCID and its kin inside a job step (SLURM_STEP_ID tells a step from
-the batch script); MPI is asked through mpi4py, and only when MPI is what started us. A process that
+the batch script); MPI is asked (mpi.py), and only when MPI is what started us. A process that
 nothing started is a run of one. Where two speak and contradict each other, the inner one of a known
-nesting counts, or the one that LONGPRETRAIN_LAUNCHER names; anything else is refused. This is the
-only file that imports mpi4py.
+nesting counts, or the one that LONGPRETRAIN_LAUNCHER names; anything else is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import subprocess
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
+from longpretrain import mpi
 from longpretrain.errors import InputError
 
 EXPECTED_WORLD_SIZE = "LONGPRETRAIN_WORLD_SIZE"
@@ -287,27 +287,23 @@ def _first_host(nodes: str) -> str:
 
 
 def _from_mpi(env: Mapping[str, str]) -> Ranks:
-    from mpi4py import MPI  # its import starts MPI: only when MPI is what started us
-
-    world = MPI.COMM_WORLD
+    world = mpi.world()
     announced = {claim.world_size for claim in _mpi_claims(env)} - {None}
-    if announced - {world.Get_size()}:
+    if announced - {world.size}:
         raise InputError(
             "mpirun",
             got=f"{max(size or 0 for size in announced)} ranks by the environment and "
-            f"{world.Get_size()} by mpi4py",
+            f"{world.size} by mpi4py",
             wanted="the mpirun of the MPI that mpi4py was built with",
-            way_out=f"It was built with {MPI.get_vendor()[0]}: use its mpirun (.venv/bin/mpirun).",
+            way_out=f"It was built with {world.vendor}: use its mpirun (.venv/bin/mpirun).",
         )
-    local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    one_host = local.Get_size() == world.Get_size()
-    address = "127.0.0.1" if one_host else socket.gethostbyname(socket.gethostname())
+    address = "127.0.0.1" if world.is_one_host else socket.gethostbyname(socket.gethostname())
     meeting = (env.get("MASTER_ADDR") or address, _number(env, "MASTER_PORT", free_port()))
-    meeting = world.bcast(meeting, root=0)
+    meeting = mpi.from_rank_0(meeting)
     return Ranks(
-        rank=world.Get_rank(),
-        world_size=world.Get_size(),
-        local_rank=local.Get_rank(),
+        rank=world.rank,
+        world_size=world.size,
+        local_rank=world.local_rank,
         launcher="mpirun",
         master_addr=meeting[0],
         master_port=meeting[1],

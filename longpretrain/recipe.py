@@ -10,9 +10,11 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,11 +22,13 @@ import yaml
 
 from longpretrain.config import Config, flat, to_tree
 from longpretrain.errors import InputError
+from longpretrain.mix_config import MixSource, check_name
 
 RECIPES = Path(__file__).parent / "recipes"
 
 _PATHS = ("run.dir", "model.path", "data.train", "data.valid", "zero.config")
-"""Keys that hold a path: a leading ~ is the home folder."""
+"""Keys that hold a path, beside those of data.mix: a leading ~ is the home folder."""
+_MIX_KEY = re.compile(r"data\.mix\.([^.]+)\.([^.]+)")
 
 # What neighbouring projects call some keys: the suggestion for an unknown one.
 _ALSO_CALLED = {
@@ -113,7 +117,8 @@ def _override_value(key: str, text: str) -> Any:
     """What an override says, as YAML. Where a text is wanted it stands as it is, also if YAML would
     read a number or date; quotes around all of it go, and null is the empty text.
     """
-    if not text.strip() and key in _PATHS:
+    mix_key = _MIX_KEY.fullmatch(key)
+    if not text.strip() and (key in _PATHS or (mix_key and mix_key[2] == "path")):
         way_out = "Give one; is a shell variable unset?"
         if key in ("run.dir", "data.valid"):  # the others have to be something
             way_out = f"Is a shell variable unset? For the default write {key}=null."
@@ -136,17 +141,29 @@ def _hint(dotted: str) -> Any:
     """The type of a recipe's key; None if there is no such key."""
     hint: Any = Config
     for key in dotted.split("."):
-        hint = typing.get_type_hints(hint).get(key) if dataclasses.is_dataclass(hint) else None
+        if hint == tuple[MixSource, ...]:  # the key is a source's own name
+            hint = MixSource
+        else:
+            hint = typing.get_type_hints(hint).get(key) if dataclasses.is_dataclass(hint) else None
     return hint
+
+
+def _paths(tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Where a recipe's tree may hold paths: dotted key, the entries it is in, its name there."""
+    for dotted in _PATHS:
+        section, key = dotted.split(".")
+        if isinstance(tree.get(section), dict):
+            yield dotted, tree[section], key
+    data = tree.get("data")
+    mix = data.get("mix") if isinstance(data, dict) else None
+    for name, source in mix.items() if isinstance(mix, dict) else ():
+        if isinstance(source, dict):
+            yield f"data.mix.{name}.path", source, "path"
 
 
 def _expand_home(tree: dict[str, Any]) -> None:
     """Shells leave the ~ of ``run.dir=~/x`` alone."""
-    for dotted in _PATHS:
-        section, key = dotted.split(".")
-        entries = tree.get(section)
-        if not isinstance(entries, dict):
-            continue
+    for dotted, entries, key in _paths(tree):
         path = entries.get(key)
         if not isinstance(path, str) or not path.startswith("~"):
             continue
@@ -177,17 +194,41 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
     values = {}
     for key, value in tree.items():
         hint = hints[key]
-        is_section = dataclasses.is_dataclass(hint)
-        values[key] = (
-            _build(cast(type, hint), value, f"{prefix}{key}.")
-            if is_section
-            else _value(f"{prefix}{key}", hint, value)
-        )
+        if dataclasses.is_dataclass(hint):
+            values[key] = _build(cast(type, hint), value, f"{prefix}{key}.")
+        elif hint == tuple[MixSource, ...]:
+            values[key] = _build_mix(value, f"{prefix}{key}.")
+        else:
+            values[key] = _value(f"{prefix}{key}", hint, value)
     return cls(**values)
+
+
+def _build_mix(tree: Any, prefix: str) -> tuple[MixSource, ...]:
+    """The sources of a mix; one that is null is left out, so that an override can take it away."""
+    sources = {} if tree is None else tree
+    if not isinstance(sources, dict):
+        raise InputError(
+            f"section {prefix.rstrip('.')}",
+            got=repr(tree),
+            wanted="sources by name",
+            way_out=f"Write {prefix}NAME.path=DIR and {prefix}NAME.weight=1 for each.",
+        )
+    built = []
+    for name, entries in sources.items():
+        if entries is None:
+            continue
+        if isinstance(entries, dict) and "name" in entries:
+            raise _unknown_key(f"{prefix}{check_name(name)}.name")
+        named = entries | {"name": check_name(name)} if isinstance(entries, dict) else entries
+        built.append(_build(MixSource, named, f"{prefix}{name}."))
+    return tuple(sorted(built, key=lambda source: source.name))  # the listing's order has no say
 
 
 def _unknown_key(key: str) -> InputError:
     known = [name for name, _ in flat(to_tree(Config()))]
+    if in_mix := _MIX_KEY.fullmatch(key):
+        own = [field.name for field in dataclasses.fields(MixSource) if field.name != "name"]
+        known = [f"data.mix.{in_mix[1]}.{name}" for name in own]
     # A key in the wrong section (lr, train.lr) is as common a slip as a misspelt one.
     last = {name.rsplit(".", 1)[-1]: name for name in known}
     if key.rsplit(".", 1)[-1] in _ALSO_CALLED:
@@ -227,7 +268,31 @@ def _value(key: str, hint: Any, value: Any) -> Any:
     return _scalar(key, hint, value)
 
 
+def _fraction(key: str, value: Any) -> Fraction:
+    """A number exactly as it is written: 0.1 is 1/10, 1/3 is a third."""
+    text = str(value).replace(" ", "")
+    is_number = isinstance(value, int | float | str) and not isinstance(value, bool)
+    if is_number and re.fullmatch(r"-?[0-9]{1,18}/[0-9]{0,17}[1-9][0-9]{0,17}", text):
+        return Fraction(text)
+    try:
+        number = float(text) if is_number else float("nan")
+    except ValueError:
+        number = float("nan")
+    if 1e-9 <= abs(number) <= 1e18:
+        return Fraction(text)
+    if number == 0:  # also of a text with so small an exponent that Fraction would not come back
+        return Fraction(0)
+    raise InputError(
+        f"recipe key {key}",
+        got=repr(value),
+        wanted="a number from 1e-9 to 1e18, or a fraction such as 1/3",
+        way_out=f"Write {key}=VALUE or mend the recipe.",
+    )
+
+
 def _scalar(key: str, kind: type, value: Any) -> Any:
+    if kind is Fraction:
+        return _fraction(key, value)
     if kind is str and (value is None or (isinstance(value, str) and "\0" not in value)):
         return value or ""  # key= on the command line means empty
     if kind is bool and isinstance(value, bool):

@@ -13,6 +13,7 @@ import re
 import select
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import NoReturn, TextIO
 
 from longpretrain.errors import InputError, from_system
@@ -78,6 +79,13 @@ class Parser(argparse.ArgumentParser):
         told = InputError(what, got=got, wanted=wanted.replace("'", ""), way_out=way_out)
         print(f"{self.prog}: {told}", file=sys.stderr)
         raise SystemExit(BAD_INPUT)
+
+
+def path_argument(text: str) -> Path:
+    """A path on the command line, for argparse."""
+    if not text:  # Path("") would be the current folder
+        raise argparse.ArgumentTypeError("got nothing; wanted a path (is a shell variable unset?)")
+    return Path(text)
 
 
 def exit_code(run: Callable[[], int], *, verb: str) -> int:

@@ -27,7 +27,9 @@ from longpretrain.model.encoder import ModelConfig
 from longpretrain.model.folder import CONFIG_NAME, changed, read_config
 from longpretrain.ranks import Ranks, discover
 from longpretrain.report import metrics as journal
-from longpretrain.tasks.masked_lm import MaskedLMTask, model_changes, open_corpus
+from longpretrain.tasks.masked_lm import MaskedLMTask, model_changes
+from longpretrain.tasks.past import check_past
+from longpretrain.tasks.sources import open_corpus, open_mix
 
 DONE, PREEMPTED = 0, 75
 """Exit codes of the train verb, beside those of every verb (terminal.py)."""
@@ -43,7 +45,7 @@ def check(config: Config, world_size: int, *, fresh: bool) -> None:
     folder, resume_from = _check_settings(config, world_size, device, fresh=fresh)
     task = MaskedLMTask(config, folder)
     if resume_from:
-        _check_same_corpus(resume_from, task)
+        _check_same_data(resume_from, task)
     if config.data.valid:
         open_corpus(config, "valid").require_tokenizer(
             task.tokenizer.fingerprint, owner=f"model {folder}"
@@ -226,9 +228,10 @@ def _prepare(
     task = MaskedLMTask(config, folder)
     if resume_from:
         checkpoint.verify_files(resume_from, ranks.rank, ranks.world_size)
-        _check_same_corpus(resume_from, task)
+        _check_same_data(resume_from, task)
     elif ranks.is_first:  # once per run: reading every shard takes a while
-        for split in ("train", "valid") if config.data.valid else ("train",):
+        open_mix(config, verify="sha256")
+        for split in ("train",) * (not config.data.mix) + ("valid",) * bool(config.data.valid):
             open_corpus(config, split, verify="sha256")
     has_evaluation = config.data.valid and config.evaluate.every_steps and config.evaluate.batches
     evaluate = _evaluator(config, ranks, device, task) if has_evaluation else None
@@ -264,16 +267,10 @@ def _check_same_model(config: Config, resume_from: Path) -> None:
         )
 
 
-def _check_same_corpus(resume_from: Path, task: MaskedLMTask) -> None:
-    """Refuses to go on with other data: the cursor counts samples of the corpus it started on."""
-    stored = checkpoint.read_state(resume_from)["task"]
-    if stored != task.identity():  # another tokenizer is another corpus, too
-        raise InputError(
-            "corpus of the run",
-            got=f"data.train with fingerprint {task.corpus.fingerprint[:16]}",
-            wanted=f"{stored.get('corpus', '')[:16]}, the one that {resume_from} was trained on",
-            way_out="Give data.train=DIR of that corpus, or start anew with --fresh.",
-        )
+def _check_same_data(resume_from: Path, task: MaskedLMTask) -> None:
+    """Refuses to go on with other data: the cursor counts samples of what the run began on."""
+    state = checkpoint.read_state(resume_from)  # another tokenizer is another corpus, too
+    check_past(state["task"], task.identity(), state["samples_done"], resume_from)
 
 
 def _evaluator(config: Config, ranks: Ranks, device: torch.device, task: MaskedLMTask) -> Evaluate:
@@ -284,7 +281,8 @@ def _evaluator(config: Config, ranks: Ranks, device: torch.device, task: MaskedL
         open_corpus(config, "valid"),
         task.tokenizer,
         max_tokens=config.data.max_tokens,
-        blocks=config.data.blocks,
+        # Packing would pad nothing away here, and each document is scored on its own either way.
+        blocks="document" if config.data.blocks == "packed" else config.data.blocks,
         probability=config.masking.probability,
         global_tokens=config.model.global_tokens,
     )
@@ -333,7 +331,7 @@ def _metrics(
 def _announce(
     log: journal.MetricsLog, config: Config, ranks: Ranks, device: torch.device, ready: _Ready
 ) -> None:
-    """One line and one event: what runs, on what, on which data."""
+    """What runs, on what, on which data: one event, and one for each line about a mix."""
     step = checkpoint.read_state(ready.resume_from)["step"] if ready.resume_from else 0
     sequences, length = config.batch.global_sequences, config.data.max_tokens
     task = ready.task
@@ -341,8 +339,7 @@ def _announce(
         f"{'resumed' if ready.resume_from else 'started'}: {ready.folder}, step {step} of "
         f"{config.schedule.total_steps}; {ranks.world_size} ranks by {ranks.launcher}, "
         f"{config.precision}, {config.zero.config}; {sequences} x {length} = "
-        f"{sequences * length:,} tokens per update; corpus {task.corpus.num_tokens:,} tokens, "
-        f"{len(task.blocks):,} sequences"
+        f"{sequences * length:,} tokens per update; {task.sources.summary}"
     )
     log.report(
         {
@@ -354,3 +351,5 @@ def _announce(
             "versions": checkpoint.versions(),
         }
     )
+    for line in task.sources.table(config.schedule.total_steps * sequences):
+        log.report({"kind": "event", "step": step, "event": line})

@@ -10,11 +10,11 @@ import torch
 import yaml
 
 from longpretrain.convert.lengthen import convert
-from longpretrain.data.prepare import prepare
 from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.model.encoder import ModelConfig
 from longpretrain.model.folder import save_model
 from longpretrain.model.lm_head import LongformerForMaskedLM
+from longpretrain.prepare import prepare
 
 WORDS = """
 the nation and its people shall have peace work trade law union states congress war gold silver

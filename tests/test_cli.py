@@ -200,14 +200,14 @@ def test_a_traceback_on_request(
 ) -> None:
     """For what the system refuses, as its path may be a library's; not for our own errors."""
 
-    def look_for_a_program(*_: object) -> None:
+    def look_for_a_program(*_: object, **__: object) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "nvcc")
 
     monkeypatch.setenv("LONGPRETRAIN_TRACEBACK", wish)
     assert exit_code("prepare", "no-such", "--out", "out") == 2
     assert "LONGPRETRAIN" not in check_form(capsys.readouterr().err, "prepare")
     monkeypatch.setattr(
-        importlib.import_module("longpretrain.data.prepare"), "find_inputs", look_for_a_program
+        importlib.import_module("longpretrain.prepare.job"), "find_inputs", look_for_a_program
     )
     assert exit_code("prepare", "texts", "--out", "out") == 2
     *before, line = capsys.readouterr().err.splitlines()

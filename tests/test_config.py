@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 
 from longpretrain.config import MAY_CHANGE, Config, differences, flat, to_tree
 from longpretrain.errors import InputError
+from longpretrain.mix_config import MixSource
 from longpretrain.recipe import RECIPES, from_tree, load_recipe
 
 
@@ -19,7 +21,7 @@ def test_packaged_recipes_are_read_and_round_trip(recipe: str) -> None:
     assert from_tree(yaml.safe_load(yaml.safe_dump(to_tree(config)))) == config
 
 
-@pytest.mark.parametrize("recipe", ["roberta-base-4096", "roberta-large-4096"])
+@pytest.mark.parametrize("recipe", ["roberta-base-4096", "roberta-large-4096", "longformer-corpus"])
 def test_published_recipe(recipe: str) -> None:
     """Longformer (Beltagy et al. 2020), section 5 and appendix C; the rest as fairseq's RoBERTa."""
     config = load_recipe(recipe)
@@ -134,7 +136,7 @@ def test_values_that_do_not_fit(override: str, message: str) -> None:
 
 
 def test_recipe_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="Packaged recipes: demo, demo-512, roberta-base-4096"):
+    with pytest.raises(InputError, match="Packaged recipes: demo, demo-512, longformer-corpus"):
         load_recipe("no-such")
     for text, message in (
         ("a: [", "wanted YAML"),
@@ -153,9 +155,10 @@ def test_every_field_says_what_it_means() -> None:
     import ast
     import inspect
 
-    from longpretrain import config as module
+    from longpretrain import config, mix_config
 
-    for node in ast.parse(inspect.getsource(module)).body:
+    nodes = [ast.parse(inspect.getsource(module)).body for module in (config, mix_config)]
+    for node in [*nodes[0], *nodes[1]]:
         if not isinstance(node, ast.ClassDef):
             continue
         for field, after in zip(node.body, node.body[1:], strict=False):
@@ -183,3 +186,131 @@ def test_what_a_run_may_change() -> None:
 def test_configs_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         load_recipe("demo").optim.lr = 1.0  # type: ignore[misc]
+
+
+MIX = """
+data:
+  mix:
+    wiki: {path: data/wiki, weight: 0.1, min_document_tokens: 1201, fraction: 1/3}
+    books: {path: ~/books, weight: 2}
+"""
+
+
+class TestMix:
+    @pytest.fixture
+    def recipe(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+        monkeypatch.setenv("HOME", "/home/me")
+        path = tmp_path / "mix.yaml"
+        path.write_text(MIX)
+        return str(path)
+
+    def test_a_mix_is_read_exactly(self, recipe: str) -> None:
+        """Numbers as they are written, not as binary fractions; sources sorted by name."""
+        assert load_recipe(recipe).data.mix == (
+            MixSource(name="books", path="/home/me/books", weight=Fraction(2)),
+            MixSource(
+                name="wiki",
+                path="data/wiki",
+                weight=Fraction(1, 10),
+                min_document_tokens=1201,
+                fraction=Fraction(1, 3),
+            ),
+        )
+
+    @pytest.mark.parametrize("is_sorted", [True, False])
+    def test_config_yaml_round_trips(self, recipe: str, is_sorted: bool) -> None:
+        config = load_recipe(recipe, ["data.mix.news.path=n", "data.mix.news.weight=2/7"])
+        text = yaml.safe_dump(to_tree(config), sort_keys=is_sorted)
+        assert from_tree(yaml.safe_load(text)) == config
+        assert dict(flat(to_tree(config)))["data.mix.news.weight"] == "2/7"
+        assert dict(flat(to_tree(Config())))["data.mix"] == {}
+
+    def test_overrides_reach_into_it(self, recipe: str) -> None:
+        """A source's numbers, a path that looks like a number, a source less, one more."""
+        words = ["wiki=null", "books.path=2024", "books.weight=1e-1", "b-2.path=~/y"]
+        words += ["b-2.weight=1/3", "b-2.from_sample=1e3"]
+        books, second = sorted(
+            load_recipe(recipe, [f"data.mix.{word}" for word in words]).data.mix,
+            key=lambda source: source.from_sample,
+        )
+        assert (books.name, books.path, books.weight) == ("books", "2024", Fraction(1, 10))
+        assert (second.path, second.weight) == ("/home/me/y", Fraction(1, 3))
+        assert second.from_sample == 1000
+        assert load_recipe(recipe, ["data.mix=null", "data.train=x"]).data.mix == ()
+        both = ["data.mix.books.weight=null", "data.mix.books.epochs=1.5"]
+        both += ["data.mix.wiki.weight=null", "data.mix.wiki.tokens=2.1e9"]
+        assert [source.tokens for source in load_recipe(recipe, both).data.mix] == [
+            None,
+            2100000000,
+        ]
+        assert load_recipe(recipe, both).data.mix[0].epochs == Fraction(3, 2)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ("books.wieght=2", r"got an unknown key; .* Did you mean data\.mix\.books\.weight\?"),
+            ("books.name=x", "recipe key data.mix.books.name: got an unknown key"),
+            ("books.a.b=x", "recipe key data.mix.books.a: got an unknown key"),
+            ("books.tokens=2", "data.mix.books: got weight and tokens; wanted one of weight, tok"),
+            ("books.weight=null", "data.mix.books: got no amount; wanted one of weight, tokens"),
+            ("books.weight=0", "recipe key data.mix.books.weight: got 0; wanted more than 0"),
+            ("books.weight=-1/3", "got -1/3; wanted more than 0"),
+            ("books.weight=1e-99999999", "got 0; wanted more than 0"),
+            ("books.weight=1/0", "got '1/0'; wanted a number from 1e-9 to 1e18, or a fraction"),
+            ("books.weight=.nan", "got nan; wanted a number"),
+            ("books.weight=true", "got True; wanted a number"),
+            ("books.weight=2001-01-01", "wanted a number"),
+            ("books.weight=[1]", "wanted a number"),
+            ("books.fraction=0", "data.mix.books.fraction: got 0; wanted more than 0, at most 1"),
+            ("books.fraction=4/3", "got 4/3; wanted more than 0, at most 1"),
+            ("books.min_document_tokens=-1", "got -1; wanted 0 or more"),
+            ("books.from_sample=-1", "got -1; wanted 0 or more"),
+            ("books.from_sample=1.5", "wanted a value of type int"),
+            ("books.path=", "recipe key data.mix.books.path: got nothing; wanted a path"),
+            ("books.path=null", "recipe key data.mix.books.path: got nothing; wanted a folder"),
+            ("books.path=~no-such-user/x", "data.mix.books.path: got ~no-such-user/x, whose home"),
+            ("new.weight=1", "recipe key data.mix.new.path: got nothing"),
+            ("books=3", "section data.mix.books: got 3; wanted keys and values"),
+            ("a b.weight=1", "a source named 'a b'; wanted a name of letters, digits"),
+            ("books.weight=null books.epochs=1", "got a weight for wiki and none for books"),
+            ("books.weight=null books.tokens=0", "data.mix.books.tokens: got 0; wanted more than"),
+            ("books.from_sample=3 wiki.from_sample=4", "no source before sample 3; wanted one"),
+        ],
+    )
+    def test_what_is_no_mix(self, recipe: str, words: str, message: str) -> None:
+        overrides = [f"data.mix.{word}" for word in words.replace("a b", "a_b").split()]
+        with pytest.raises(InputError, match=message):
+            load_recipe(recipe, [word.replace("a_b", "a b") for word in overrides])
+
+    def test_a_mix_stands_alone(self, recipe: str, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"data\.train: got x, beside data.mix; wanted one of"):
+            load_recipe(recipe, ["data.train=x"])
+        with pytest.raises(InputError, match=r"section data\.mix: got 3; wanted sources by name"):
+            load_recipe(recipe, ["data.mix=3"])
+        (tmp_path / "number.yaml").write_text("data: {mix: {2020: {path: a, weight: 1}}}")
+        with pytest.raises(InputError, match="a source named 2020; wanted a name"):
+            load_recipe(str(tmp_path / "number.yaml"))
+
+    def test_what_it_leaves_to_the_samples(self, recipe: str) -> None:
+        """Whether a run may go on with another mix is asked of the samples, not of the keys."""
+        one = load_recipe(recipe)
+        for word in ("data.mix.wiki=null", "data.mix.books.weight=3", "data.mix=null"):
+            assert differences(one, load_recipe(recipe, [word])) == []
+            assert differences(load_recipe(recipe, [word]), one) == []
+
+    def test_published_corpus(self) -> None:
+        """Longformer, table 13."""
+        mix = {source.name: source for source in load_recipe("longformer-corpus").data.mix}
+        billions = {name: (source.tokens or 0) / 1e9 for name, source in mix.items()}
+        assert billions == {"books": 0.5, "wikipedia": 2.1, "realnews": 1.8, "stories": 2.1}
+        thirds = [name for name, source in mix.items() if source.fraction == Fraction(1, 3)]
+        assert sorted(thirds) == ["realnews", "stories"]
+        assert {s.name: s.min_document_tokens for s in mix.values() if s.min_document_tokens} == {
+            "realnews": 1201
+        }
+
+    def test_the_published_run_is_the_same_but_for_its_corpus(self) -> None:
+        one, other = load_recipe("longformer-corpus"), load_recipe("roberta-large-4096")
+        changes = {"name": "x", "data": dataclasses.replace(one.data, mix=(), train="x")}
+        same = dataclasses.replace(other, name="x", data=dataclasses.replace(other.data, train="x"))
+        assert dataclasses.replace(one, **changes) == same

@@ -26,7 +26,6 @@ from longpretrain.convert import convert, export
 from longpretrain.convert.fairseq_file import Checkpoint
 from longpretrain.convert.fairseq_model import from_checkpoint, to_checkpoint
 from longpretrain.convert.source import Source, open_source
-from longpretrain.data.prepare import prepare
 from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.model import (
@@ -37,6 +36,7 @@ from longpretrain.model import (
     read_tensors,
     save_model,
 )
+from longpretrain.prepare import prepare
 from longpretrain.tasks import fairseq_plugin  # noqa: F401  (registers the plugin's model)
 
 # hydra speaks of its own past.

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import pickle
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longpretrain.data import Blocks, Order, hash64
-from longpretrain.data.shards import Corpus, Manifest, ShardWriter
+from longpretrain.data import Blocks, Order, hash64, packing
+from longpretrain.data.blocks import Policy
+from longpretrain.data.manifest import Manifest
+from longpretrain.data.selection import Selection
+from longpretrain.data.shard_writer import ShardWriter
+from longpretrain.data.shards import Corpus
 from longpretrain.errors import InputError
 
 BOS, EOS = 0, 2
@@ -19,23 +25,27 @@ corpora = st.lists(st.integers(1, 40), min_size=1, max_size=15)
 """Lengths of documents."""
 
 
-def make_corpus(folder, lengths, shard_bytes=1 << 20, first=10):
-    """Documents of the ids first, first + 1, ...: every token of the corpus is told apart."""
+def make_corpus(folder, lengths=(), shard_bytes=1 << 20, first=10, documents=()):
+    """Documents of the ids first, first + 1, ...: every token of the corpus is told apart. Or these
+    documents.
+    """
     ids = itertools.count(first)
-    documents = [list(itertools.islice(ids, length)) for length in lengths]
+    documents = documents or [list(itertools.islice(ids, length)) for length in lengths]
     writer = ShardWriter(folder, vocab_size=60_000, shard_bytes=shard_bytes)
     for document in documents:
         writer.add(np.array(document))
     manifest = Manifest(
-        tokenizer_fingerprint="f", vocab_size=60_000, dtype="uint16", documents=len(lengths),
-        tokens=sum(lengths), shards=writer.finish(),
+        tokenizer_fingerprint="f", vocab_size=60_000, dtype="uint16", documents=len(documents),
+        tokens=sum(map(len, documents)), shards=writer.finish(),
     )  # fmt: skip
     manifest.write(folder)
     return Corpus.open(folder), documents
 
 
-def blocks_of(corpus, policy, max_tokens):
-    return Blocks(corpus, policy=policy, max_tokens=max_tokens, bos_id=BOS, eos_id=EOS)
+def blocks_of(corpus, policy, max_tokens, selection=None):
+    return Blocks(
+        corpus, policy=policy, max_tokens=max_tokens, bos_id=BOS, eos_id=EOS, selection=selection
+    )
 
 
 @settings(derandomize=True, deadline=None, max_examples=150)
@@ -76,7 +86,34 @@ def test_document_blocks_never_mix(tmp_path_factory, lengths, max_tokens, shard_
     assert len(found) == sum(-(-length // (max_tokens - 2)) for length in lengths)
 
 
-@pytest.mark.parametrize("policy", ["full_sentences", "document"])
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(lengths=corpora, max_tokens=st.integers(4, 50), shard_bytes=st.integers(2, 300))
+def test_packed_blocks_keep_documents_apart(tmp_path_factory, lengths, max_tokens, shard_bytes):
+    corpus, _ = make_corpus(tmp_path_factory.mktemp("c"), lengths, shard_bytes)
+    blocks = blocks_of(corpus, "packed", max_tokens)
+    alone = [block.tolist() for block in blocks_of(corpus, "document", max_tokens)]
+    found = []
+    for number in range(len(blocks)):
+        block = blocks.read(number)
+        assert block.tokens_N.dtype == np.int64
+        assert block.document_N.dtype == block.position_N.dtype == np.int32
+        assert np.array_equal(blocks[number], block.tokens_N)
+        assert len(block.tokens_N) <= max_tokens
+        starts = np.flatnonzero(block.tokens_N == BOS)
+        assert starts[0] == 0
+        pieces = np.split(block.tokens_N, starts[1:])
+        for document, (start, piece) in enumerate(zip(starts, pieces, strict=True)):
+            at = slice(start, start + len(piece))
+            assert block.document_N[at].tolist() == [document] * len(piece)
+            assert block.position_N[at].tolist() == list(range(len(piece)))
+            found.append(piece.tolist())
+    # The pieces of the policy "document", each once.
+    assert sorted(found) == sorted(alone)
+    filled = sum(map(len, alone))
+    assert blocks.fill_rate == pytest.approx(filled / (max_tokens * len(blocks)))
+
+
+@pytest.mark.parametrize("policy", get_args(Policy))
 class TestAccess:
     def test_any_block_alone_is_the_same(self, tmp_path, policy):
         corpus, _ = make_corpus(tmp_path, [7, 30, 1, 1, 22, 64, 3], shard_bytes=50)
@@ -110,12 +147,43 @@ class TestAccess:
         assert first.sample_id(3) == hash64(int(corpus.fingerprint[:16], 16), 3)
 
 
+def test_small_buffers_pack_the_same_pieces(tmp_path, monkeypatch):
+    """A piece never leaves its buffer, and each buffer has an index of its own."""
+    corpus, _ = make_corpus(tmp_path, [7, 30, 1, 1, 22, 64, 3, 9, 9], shard_bytes=50)
+    whole = blocks_of(corpus, "packed", 20)
+    monkeypatch.setattr(packing, "BUFFER_PIECES", 3)
+    small = blocks_of(corpus, "packed", 20)
+    pieces = sum(1 for block in whole for token in block if token == BOS)
+    assert -(-pieces // 3) <= len(small) != len(whole)
+    tokens = [sorted(np.concatenate(list(blocks)).tolist()) for blocks in (whole, small)]
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("policy", get_args(Policy))
+def test_blocks_travel_to_another_process(tmp_path, policy):
+    corpus, _ = make_corpus(tmp_path, [40] * 300)
+    blocks = blocks_of(corpus, policy, 9, Selection(min_tokens=2))
+    data = pickle.dumps(blocks)
+    assert len(data) < 3000
+    again = pickle.loads(data)
+    assert [block.tolist() for block in again] == [block.tolist() for block in blocks]
+    assert again.sample_id(3) == blocks.sample_id(3)
+
+
+def test_fill_rates_by_hand(tmp_path):
+    corpus, _ = make_corpus(tmp_path, [3, 1, 2])
+    rates = [blocks_of(corpus, policy, 6).fill_rate for policy in get_args(Policy)]
+    assert rates == [12 / 12, 12 / 18, 12 / 18]
+
+
 def test_blocks_by_hand(tmp_path):
     corpus, _ = make_corpus(tmp_path, [3, 1, 2])  # 10 11 12 | 13 | 14 15
     full = [block.tolist() for block in blocks_of(corpus, "full_sentences", 6)]
     assert full == [[0, 10, 11, 12, 2, 2], [0, 13, 2, 14, 15, 2]]
     alone = [block.tolist() for block in blocks_of(corpus, "document", 4)]
     assert alone == [[0, 10, 11, 2], [0, 12, 2], [0, 13, 2], [0, 14, 15, 2]]
+    packed = [block.tolist() for block in blocks_of(corpus, "packed", 9)]
+    assert packed == [[0, 10, 11, 12, 2, 0, 14, 15, 2], [0, 13, 2]]
 
 
 class TestOrder:

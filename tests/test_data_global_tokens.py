@@ -59,3 +59,15 @@ def test_anything_else_is_refused(text):
     ) as info:
         parse_global_tokens(text)
     assert info.value.got == repr(text)
+
+
+@pytest.mark.parametrize(
+    ("policy", "right"),
+    [("none", []), ("first", [0, 3, 7]), ("every_2", [0, 2, 3, 5, 7]), ("ids_5_7", [1, 4, 7])],
+)
+def test_packed_documents_have_each_their_own(policy: str, right: list[int]) -> None:
+    tokens = np.array([0, 5, 2, 0, 7, 9, 2, 5])
+    position = np.array([0, 1, 2, 0, 1, 2, 3, 0])
+    found = global_positions(tokens, parse_global_tokens(policy), position)
+    assert found.dtype == np.int32
+    assert found.tolist() == right

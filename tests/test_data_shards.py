@@ -10,10 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from longpretrain.data.shards import Corpus, Manifest, ShardWriter, dtype_for
+from longpretrain.data import shards
+from longpretrain.data.manifest import Manifest, dtype_for
+from longpretrain.data.shard_writer import ShardWriter
+from longpretrain.data.shards import Corpus
 from longpretrain.errors import InputError
 
 ids = st.integers(0, 70_000)
@@ -75,7 +78,7 @@ def test_the_files_are_as_documented(tmp_path):
     assert first.tolist() == [5, 6, 7, 8]
     assert np.fromfile(tmp_path / "tokens-00000.idx", "<i8").tolist() == [0, 3, 4]
     tree = json.loads((tmp_path / "manifest.json").read_text())
-    assert (tree["format"], tree["version"]) == ("longpretrain-tokens", 1)
+    assert (tree["format"], tree["version"]) == ("longpretrain-tokens", 2)
     assert [shard["tokens"] for shard in tree["shards"]] == [4, 30, 6]
     assert tree["shards"][1]["bin"]["bytes"] == 60
 
@@ -95,11 +98,47 @@ def test_there_is_no_document_outside(tmp_path):
             corpus.document(number)
 
 
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    documents=st.lists(st.lists(ids, min_size=1, max_size=9), min_size=1, max_size=12),
+    shard_bytes=st.integers(1, 60),
+    span=st.integers(1, 5),
+    data=st.data(),
+)
+def test_stretches_are_gathered_through_all_shards(
+    tmp_path_factory, documents, shard_bytes, span, data
+):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder, documents, vocab_size=70_001, shard_bytes=shard_bytes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SPAN_DOCUMENTS", span)
+        corpus = Corpus.open(folder)
+        found = [
+            (first + place, int(start), int(length))
+            for first, starts, lengths in corpus.spans()
+            for place, (start, length) in enumerate(zip(starts, lengths, strict=True))
+        ]
+    before = np.cumsum([0, *map(len, documents)]).tolist()
+    assert found == [(n, before[n], len(document)) for n, document in enumerate(documents)]
+    # Parts of some documents, of none of their tokens too, in the order of the corpus.
+    chosen = sorted(data.draw(st.sets(st.integers(0, len(documents) - 1), min_size=1)))
+    cuts = [sorted(data.draw(st.tuples(*[st.integers(0, len(documents[n]))] * 2))) for n in chosen]
+    starts = np.array([before[n] + low for n, (low, _) in zip(chosen, cuts, strict=True)])
+    lengths = np.array([high - low for low, high in cuts])
+    right = [i for n, (low, high) in zip(chosen, cuts, strict=True) for i in documents[n][low:high]]
+    assume(starts[-1] < corpus.num_tokens)
+    assert corpus.gather(starts, lengths).tolist() == right
+
+
 def test_a_corpus_travels_to_another_process_by_its_folder(tmp_path):
     write_corpus(tmp_path, [list(range(900))] * 50, shard_bytes=10_000)
     data = pickle.dumps(Corpus.open(tmp_path))
     assert len(data) < 1000
     assert pickle.loads(data).document(49).tolist() == list(range(900))
+    # Another corpus of its name is no substitute.
+    write_corpus(tmp_path, [list(range(900))] * 49, shard_bytes=10_000)
+    with pytest.raises(InputError, match="as it was a moment ago"):
+        pickle.loads(data)
 
 
 class TestFingerprint:
@@ -205,8 +244,8 @@ class TestDamage:
             ("[]", "got a list; wanted a JSON object"),
             ("{}", "got format None version None"),
             (
-                '{"format": "longpretrain-tokens", "version": 2}',
-                "got .*version 2; wanted .*version 1",
+                '{"format": "longpretrain-tokens", "version": 3}',
+                "got .*version 3; wanted .*version 1 or 2",
             ),
             ('{"format": "other", "version": 1}', "got format other"),
             ('{"format": "longpretrain-tokens", "version": 1}', "keys .. for a Manifest"),
@@ -241,7 +280,7 @@ class TestDamage:
             (["shards", 0, "bin", "bytes"], 9, "do not fit the sizes"),
             (["shards", 0, "bin", "sha256"], 3, "no str"),
             (["shards", 0, "bin", "extra"], 3, "for a FileRecord"),
-            (["sources"], ["a"], "a str for a FileRecord"),
+            (["sources"], ["a"], "a str for a SourceRecord"),
             (["extra"], 3, "for a Manifest"),
             *(
                 (["shards", 1, kind, "name"], name, "not that of a file in the folder")

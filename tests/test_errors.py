@@ -6,20 +6,22 @@ import contextlib
 import errno
 import importlib
 import os
+import pickle
 import resource
 import shlex
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from told import check_form, disk, exit_code
 
 from longpretrain import errors, terminal, training
-from longpretrain.data.documents import InputFile, find_inputs
 from longpretrain.engine import run_folder
+from longpretrain.prepare.inputs import InputFile, find_inputs
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -261,7 +263,7 @@ def largest_file(limit: int) -> Iterator[None]:
     ("line", "limit", "name"),
     [
         ("convert short out --positions 128 --attention-window 16", 100_000, "out"),
-        ("prepare texts --out out", 1_000, "out"),
+        ("prepare texts --out out", 100, "out"),
         ("evaluate long --data corpus --max-tokens 64 --sequences 1 --json o.json", 100, "o.json"),
         ("export long out", 100_000, "out"),
         ("report young-run", 100, "young-run/report.html"),
@@ -322,12 +324,12 @@ def test_an_input_vanishes(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(bad_place / "texts", tmp_path / "texts")
 
-    def find_then_lose(inputs: list[Path], documents: str) -> list[InputFile]:
-        found = find_inputs(inputs, documents)  # type: ignore[arg-type]
+    def find_then_lose(inputs: list[Path], **options: Any) -> list[InputFile]:
+        found = find_inputs(inputs, **options)
         found[-1].path.unlink()
         return found
 
-    module = importlib.import_module("longpretrain.data.prepare")
+    module = importlib.import_module("longpretrain.prepare.job")
     monkeypatch.setattr(module, "find_inputs", find_then_lose)
     assert exit_code("prepare", "texts", "--out", "out") == 2
     told = check_form(capsys.readouterr().err, "prepare")
@@ -380,3 +382,12 @@ def test_every_word_of_argparse(verb: str, capsys: pytest.CaptureFixture[str]) -
         line = capsys.readouterr().err
         assert ": got " in line
         assert line.count("\n") == 1
+
+
+def test_an_error_travels_out_of_a_worker_process() -> None:
+    error = errors.InputError("shard X", got="", wanted=3, way_out="Make it  again.")
+    error.add_note("in worker 1")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is errors.InputError
+    assert str(again) == str(error)
+    assert vars(again) == vars(error)

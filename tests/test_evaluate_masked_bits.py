@@ -15,7 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longpretrain.data.shards import Corpus, Manifest, ShardWriter, dtype_for
+from longpretrain.data.manifest import Manifest, dtype_for
+from longpretrain.data.shard_writer import ShardWriter
+from longpretrain.data.shards import Corpus
 from longpretrain.data.tokenizer import ByteLevelBPE, Tokenizer, load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.evaluate import (

@@ -19,14 +19,17 @@ BASE = {"errors", "files"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
-    "config": set(),
-    "recipe": {"config"},
-    "ranks": set(),
+    "mix_config": set(),
+    "config": {"mix_config"},
+    "recipe": {"config", "mix_config"},
+    "mpi": set(),
+    "ranks": {"mpi"},
     "schedule": {"config"},
     "attention": set(),
     "model": {"config", "attention"},
     "data": {"config", "ranks"},
-    "tasks": {"config", "recipe", "schedule", "model", "data"},
+    "prepare": {"data", "ranks", "mpi"},
+    "tasks": {"config", "mix_config", "recipe", "schedule", "model", "data"},
     "report": {"config"},
     "engine": {"config", "recipe", "schedule", "ranks", "report"},
     "convert": {"config", "model", "data"},
@@ -44,8 +47,9 @@ MAY_IMPORT = {
     }
     | {"data", "model"},
     "demo": {"recipe", "report", "evaluate", "data", "model"},
+    "cli_prepare": {"data", "prepare", "report", "terminal"},
     "cli": {"config", "recipe", "ranks", "convert", "data", "evaluate", "report", "training"}
-    | {"terminal"},
+    | {"cli_prepare", "terminal"},
     "terminal": set(),
     "__main__": {"cli", "terminal"},
     "__init__": set(),
@@ -56,12 +60,15 @@ OWNERS = {
     "fairseq": ("tasks/",),
     "deepspeed": ("engine/zero.py",),
     "transformers": ("convert/verify.py",),
-    "mpi4py": ("ranks.py",),
+    "mpi4py": ("mpi.py",),
+    "pyarrow": ("prepare/parquet.py",),
+    "zstandard": ("prepare/compressed.py",),
+    "sentencepiece": ("data/sentence_piece.py",),
 }
-NO_TORCH = ("data/",)
+NO_TORCH = ("data/", "prepare/")
 # The compiled library is no import: these are the words that reach it.
 LIBRARY_WORDS = ("load_library", "_kernels", "torch.ops.", "LONGPRETRAIN_LIBRARY")
-LIBRARY_OWNER = "attention/fused.py"
+LIBRARY_OWNER = "attention/library.py"
 
 
 def imports(path: Path) -> Iterator[str]:

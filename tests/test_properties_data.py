@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +18,9 @@ from test_data_blocks import BOS, EOS, blocks_of, corpora, make_corpus
 from longpretrain.config import BatchConfig, Config
 from longpretrain.data import Order, hash64
 from longpretrain.data.blocks import Policy
-from longpretrain.engine.loop import _Prefetch, accumulation_steps
+from longpretrain.data.selection import Selection
+from longpretrain.engine.loader import Loader
+from longpretrain.engine.loop import accumulation_steps
 from longpretrain.errors import InputError
 from longpretrain.ranks import Ranks
 from longpretrain.schedule import update_numbers
@@ -78,7 +82,7 @@ class TestBlocks:
             assert other[number].tolist() == right[number]
         assert [block.tolist() for block in other] == right
 
-    @each_policy
+    @pytest.mark.parametrize("policy", ["full_sentences", "document"])
     @settings(max_examples=60)
     @given(lengths=corpora, max_tokens=st.tuples(st.integers(4, 50), st.integers(4, 50)))
     def test_the_length_of_blocks_changes_no_token(
@@ -98,6 +102,39 @@ class TestBlocks:
             assert all((block[0], block[-1]) == (BOS, EOS) for block in found)
             tokens = [i for block in found for i in block if i not in (BOS, EOS)]
             assert tokens == list(itertools.chain(*documents))
+
+    @each_policy
+    @pytest.mark.parametrize(
+        "selection", [None, Selection(min_tokens=3, share=Fraction(3, 4))], ids=["all", "some"]
+    )
+    @settings(max_examples=40)
+    @given(lengths=corpora, max_tokens=st.integers(4, 50), seed=SEEDS)
+    def test_an_epoch_holds_every_token_once(
+        self,
+        tmp_path_factory: pytest.TempPathFactory,
+        policy: Policy,
+        selection: Selection | None,
+        lengths: list[int],
+        max_tokens: int,
+        seed: int,
+    ) -> None:
+        """Of every document that takes part, in one block or another of the epoch's order, and the
+        tokens of a document in theirs.
+        """
+        corpus, documents = make_corpus(tmp_path_factory.mktemp("c"), [*lengths, 40, 41, 42])
+        chosen = [document for n, document in enumerate(documents) if takes(selection, n, document)]
+        blocks = blocks_of(corpus, policy, max_tokens, selection)
+        order = Order(len(blocks), seed)
+        taken = [order.locate(number)[1] for number in range(2 * len(blocks))]
+        for epoch in (taken[: len(blocks)], taken[len(blocks) :]):
+            tokens = [i for number in epoch for i in blocks[number] if i not in (BOS, EOS)]
+            assert sorted(tokens) == list(itertools.chain(*chosen))
+        assert blocks.num_tokens == sum(map(len, chosen))
+        assert blocks.num_documents == len(chosen)
+
+
+def takes(selection: Selection | None, number: int, document: list[int]) -> bool:
+    return selection is None or bool(selection.chosen(number, np.array([len(document)]))[0])
 
 
 class TestOrder:
@@ -185,7 +222,7 @@ class TestCursor:
         config = Config(batch=batch)
         accumulation = accumulation_steps(config, ranks.world_size)
         assert accumulation == split["accumulation"]
-        with _Prefetch(config, NumbersOnly(), ranks, accumulation) as batches:
+        with Loader(config, NumbersOnly(), ranks, accumulation) as batches:
             for step in itertools.chain.from_iterable((s, s + 1) for s in steps):
                 right = numbers_of(step, size, split, ranks.rank)
                 assert batches.get(step) == [list(group) for group in right]

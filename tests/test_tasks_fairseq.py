@@ -24,10 +24,10 @@ from fairseq.optim import build_optimizer
 from fairseq.optim.lr_scheduler import build_lr_scheduler
 
 from longpretrain.config import BatchConfig, Config, DataConfig, OptimConfig, ScheduleConfig
-from longpretrain.data.prepare import prepare
 from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.model import LongformerForMaskedLM, ModelConfig, load_model, save_model
+from longpretrain.prepare import prepare
 from longpretrain.schedule import learning_rate
 from longpretrain.tasks import fairseq_plugin
 from longpretrain.tasks.masked_lm import MaskedLMTask

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longpretrain.recipe import load_recipe
-from longpretrain.tasks.masked_lm import MaskedLMTask
+from longpretrain.tasks.masked_lm import MaskedLMTask, Sample
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +72,103 @@ def test_every_trained_parameter_has_a_gradient_in_every_batch(make_task, small_
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.any() or "global" in name or ".key.bias" in name, name
+
+
+class TestPacked:
+    """Packed documents: each is to the model what it is alone."""
+
+    @pytest.mark.parametrize(
+        ("model", "global_tokens"),
+        [("long", "none"), ("long", "first"), ("long", "every_7"), ("short", "none")],
+    )
+    def test_hidden_states_are_those_of_each_document_alone(
+        self, make_task, small_run: Path, model: str, global_tokens: str
+    ) -> None:
+        """By the real encoder, fp32; rows of different lengths, so one is padded."""
+        path = small_run / "models" / model
+        task = make_task(
+            f"model.path={path}", f"model.global_tokens={global_tokens}",
+            "data.blocks=packed", f"data.max_tokens={128 if model == 'long' else 64}",
+        )  # fmt: skip
+        encoder = task.build_model(path).eval().longformer
+        batch, rows = _packed_batch(task)
+        inputs = (
+            "padding_BN",
+            "position_BN",
+            "document_BN",
+            "global_index_BG",
+        )
+        with torch.no_grad():
+            packed = encoder(
+                batch["tokens_BN"], **{name: batch[name] for name in inputs if name in batch}
+            )
+            documents = 0
+            for row, sample in enumerate(rows):
+                for document in np.unique(sample.document_N):
+                    at = torch.from_numpy(np.flatnonzero(sample.document_N == document))
+                    tokens_BN = batch["tokens_BN"][row, at][None]
+                    places = torch.arange(len(at))[None].int()
+                    chosen = {"none": None, "first": places[:, :1], "every_7": places[:, ::7]}
+                    alone = encoder(tokens_BN, global_index_BG=chosen[global_tokens])
+                    torch.testing.assert_close(packed[row, at], alone[0], rtol=0, atol=1e-5)
+                    documents += 1
+        assert documents > len(rows)
+
+    def test_a_batch_says_where_documents_are(self, make_task) -> None:
+        task = make_task("data.blocks=packed", "model.global_tokens=first")
+        batch, rows = _packed_batch(task)
+        pad = task.tokenizer.pad_id
+        for row, sample in enumerate(rows):
+            length = len(sample.tokens_N)
+            documents = batch["document_BN"][row]
+            assert documents[:length].tolist() == sample.document_N.tolist()
+            assert set(documents[length:].tolist()) <= {int(sample.document_N[-1])}
+            positions = batch["position_BN"][row]
+            assert (positions[:length] == torch.from_numpy(sample.position_N) + pad + 1).all()
+            assert (positions[length:] == pad).all()
+            starts = np.flatnonzero(sample.position_N == 0).tolist()
+            assert len(starts) == sample.document_N[-1] + 1
+            found = batch["global_index_BG"][row]
+            assert found[found >= 0].tolist() == starts
+            assert set(sample.targets_M) & task.tokenizer.special_ids == set()
+
+    @pytest.mark.parametrize("blocks", ["full_sentences", "document"])
+    def test_other_batches_do_not(self, make_task, blocks: str) -> None:
+        task = make_task(f"data.blocks={blocks}")
+        batch = task.collate([task.sample(number) for number in range(3)])
+        assert not {"document_BN", "position_BN"} & batch.keys()
+
+    def test_it_trains_and_documents_matter(self, make_task) -> None:
+        task = make_task("data.blocks=packed", "model.dropout=0", "model.attention_dropout=0")
+        model = task.build_model(Path(task.config.model.path))
+        batch, _ = _packed_batch(task)
+        loss = task.loss(model, batch)
+        loss.backward()
+        for name in ("document_BN", "position_BN"):
+            without = {key: x for key, x in batch.items() if key != name}
+            assert abs(float(task.loss(model, without).detach() - loss.detach())) > 1e-4, name
+        grads = [p.grad for p in model.parameters() if p.requires_grad]
+        assert all(grad is not None and torch.isfinite(grad).all() for grad in grads)
+
+    def test_fairseq_carries_it(self, make_task) -> None:
+        """Its micro-batch holds what the loss reads, documents and positions included."""
+        from longpretrain.tasks.fairseq_batches import NumberedSamples
+
+        task = make_task("data.blocks=packed")
+        _, rows = _packed_batch(task)
+        carried = NumberedSamples(task).collater(rows)["inputs"]
+        right = task.collate(rows)
+        assert carried.keys() == right.keys() >= {"document_BN", "position_BN"}
+        assert all(torch.equal(carried[name], right[name]) for name in right)
+
+
+def _packed_batch(task: MaskedLMTask) -> tuple[dict[str, torch.Tensor], list[Sample]]:
+    """A few samples, one of them shorter and all with more than one document."""
+    samples = [task.sample(number) for number in range(len(task.blocks))]
+    several = sorted(
+        (s for s in samples if s.document_N[-1]), key=lambda sample: len(sample.tokens_N)
+    )
+    rows = [several[0], several[-1], several[len(several) // 2]]
+    batch = task.collate(rows)
+    assert "padding_BN" in batch
+    return batch, rows

@@ -11,7 +11,7 @@ import yaml
 
 from longpretrain.convert.source import Source
 from longpretrain.convert.verify import VerifyReport
-from longpretrain.data.shards import Manifest
+from longpretrain.data.manifest import Manifest
 from longpretrain.errors import InputError
 from longpretrain.model import ModelConfig
 
@@ -155,8 +155,10 @@ def _training_sections(state: Mapping[str, Any]) -> Iterator[str]:
     for name, version in (state.get("versions") or {}).items():
         facts[name] = str(version)
     data = recipe.get("data") or {}
-    for split in ("train", "valid"):
-        facts |= _corpus_facts(split, data.get(split))
+    sources: Mapping[str, Any] = data.get("mix") or {}
+    mix = {name: source.get("path") for name, source in sources.items()}
+    for split, path in {"train": data.get("train"), **mix, "valid": data.get("valid")}.items():
+        facts |= _corpus_facts(split, path)
     yield "## Training\n\n" + _table(("", ""), facts.items())
     if recipe:
         text = yaml.safe_dump(_without_folders(recipe), sort_keys=False, allow_unicode=True)

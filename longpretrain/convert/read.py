@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longpretrain.data import sentence_piece_files
 from longpretrain.errors import InputError
 from longpretrain.files import read_json_object, sha256
 from longpretrain.model import ModelConfig, read_tensors
 
 RECORD_NAME = "conversion.json"
 STATE_NAME = "state.json"
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", *sentence_piece_files.NAMES)
 
 
 def model_folder(source: Path | str) -> Path:

@@ -3,9 +3,9 @@
 from longpretrain.data.blocks import Blocks, Order
 from longpretrain.data.global_tokens import GlobalTokens, global_positions, parse_global_tokens
 from longpretrain.data.hashing import hash64, hash64_array
+from longpretrain.data.manifest import Manifest
 from longpretrain.data.masking import mask_tokens
-from longpretrain.data.prepare import prepare
-from longpretrain.data.shards import Corpus, Manifest
+from longpretrain.data.shards import Corpus
 from longpretrain.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -21,5 +21,4 @@ __all__ = [
     "load_tokenizer",
     "mask_tokens",
     "parse_global_tokens",
-    "prepare",
 ]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,17 @@ from numpy.typing import NDArray
 # GPT-2's split into words. The possessive form and the `\s++$` change no split, only its cost.
 _SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
+# tiktoken's way to an array looks for special tokens, at every character if it knows none at all;
+# this one (a noncharacter of Unicode) is text wherever it is met.
+_NO_SPECIAL = "\U0010ffff"
+
 # tiktoken's regex engine overflows its stack in runs of about a million spaces, so a long text is
 # encoded in parts. The class is Unicode's White_Space, the engine's `\s` (Python's has more).
 _PART_CHARS = 1 << 18
 _SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _RUN = re.compile(f"(?P<space>[{_SPACE}]++)|[^{_SPACE}]++")
+# A word of letters ends before a digit or a mark, always: what has no spaces is cut there.
+_BORDER = re.compile(r"(?<=[A-Za-z])(?=[!-@\[-`{-~])")
 
 # sha256 of RoBERTa's merges, which are exact (a test checks it): saves half a second a start.
 _ROBERTA_MERGES = "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0"
@@ -45,9 +52,12 @@ class ByteBPE:
     Args:
         vocab: token (in byte symbols) or special token -> id.
         merges: pairs of tokens, first merged first.
+        dtype: of the ids that ``encode`` gives.
     """
 
-    def __init__(self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
+    def __init__(
+        self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], dtype: np.dtype[Any]
+    ) -> None:
         import tiktoken
 
         symbols = byte_symbols()
@@ -55,44 +65,57 @@ class ByteBPE:
         ranks = {_to_bytes(token, symbols): rank for rank, token in enumerate(tokens)}
         assert len(ranks) == len(tokens), "is_exact() says whether tokens are unique"
         self._encoding = tiktoken.Encoding(
-            "byte-level BPE", pat_str=_SPLIT, mergeable_ranks=ranks, special_tokens={}
-        )
-        self._id_of_rank = np.array([vocab[token] for token in tokens], dtype=np.int32)
+            "byte-level BPE", pat_str=_SPLIT, mergeable_ranks=ranks,
+            special_tokens={_NO_SPECIAL: len(ranks)},
+        )  # fmt: skip
+        self._id_of_rank = np.array([vocab[token] for token in tokens], dtype=dtype)
         known = dict(zip(self._id_of_rank.tolist(), ranks, strict=True))
         self._bytes_of_id = {
             number: known.get(number, token.encode()) for token, number in vocab.items()
         }
 
-    def encode(self, text: str) -> NDArray[np.int32]:
-        """Ids of a text that holds no lone surrogates: int32."""
-        ranks = [self._encoding.encode_ordinary(part) for part in split_text(text, _PART_CHARS)]
-        ranks_N = np.concatenate([np.array(part, np.int64) for part in ranks])
-        return np.take(self._id_of_rank, ranks_N)
+    def encode(self, text: str) -> NDArray[Any]:
+        """Ids of a text that holds no lone surrogates."""
+        ids = bytearray()  # grows in place: two copies of a long text's ids would be too many
+        for part in split_text(text, _PART_CHARS):
+            ranks_N = self._encoding.encode_to_numpy(part, disallowed_special=())
+            ids += np.take(self._id_of_rank, ranks_N).tobytes()
+        return np.frombuffer(ids, dtype=self._id_of_rank.dtype)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self._bytes_of_id[int(i)] for i in ids).decode("utf-8", errors="replace")
 
 
-def split_text(text: str, part_chars: int) -> list[str]:
+def split_text(text: str, part_chars: int) -> Iterator[str]:
     """Cuts a text into parts of about part_chars whose tokens, in a row, are the text's.
 
-    No word of the split crosses from a non-space to a space, nor does one hold the last space of a
-    run together with the spaces before it, unless the text ends there.
+    No word of the split crosses from a non-space to a space or from a letter to a digit or mark,
+    nor does one hold the last space of a run together with the spaces before it, unless the text
+    ends there.
     """
-    parts = []
     start = 0
     while len(text) - start > part_chars:
-        match = _RUN.match(text, start + part_chars)
-        assert match, "every character is a space or is not"
-        cut = match.end()
-        if cut == len(text):
-            break
-        if match["space"]:
-            cut -= 1
-        parts.append(text[start:cut])
+        cut = _cut(text, start + part_chars, part_chars)
+        yield text[start:cut]
         start = cut
-    return [*parts, text[start:]]
+    if start < len(text) or not text:
+        yield text[start:]
+
+
+def _cut(text: str, place: int, part_chars: int) -> int:
+    """The first good place to cut at or after a place."""
+    near = place + part_chars
+    match = _RUN.match(text, place, near)
+    assert match, "every character is a space or is not"
+    if match.end() == near < len(text):
+        border = None if match["space"] else _BORDER.search(text, place, near)
+        if border:
+            return border.start()
+        match = _RUN.match(text, place)
+        assert match, "as before"
+    ends_inside = match["space"] and match.end() < len(text)
+    return match.end() - 1 if ends_inside else match.end()
 
 
 def is_exact(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> bool:

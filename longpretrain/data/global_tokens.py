@@ -53,14 +53,28 @@ def parse_global_tokens(text: str) -> GlobalTokens:
     )
 
 
-def global_positions(tokens_N: NDArray[np.integer], policy: GlobalTokens) -> NDArray[np.int32]:
-    """Positions of the global tokens of an unpadded sequence: int32, ascending, G of them."""
+def global_positions(
+    tokens_N: NDArray[np.integer],
+    policy: GlobalTokens,
+    position_N: NDArray[np.integer] | None = None,
+) -> NDArray[np.int32]:
+    """Positions of the global tokens of an unpadded sequence: int32, ascending, G of them.
+
+    Args:
+        tokens_N: ids.
+        policy: which of them.
+        position_N: place of each token in its document where documents are packed: every document
+            has the global tokens that it has alone. None: one document.
+    """
+    if position_N is None:
+        position_N = np.arange(len(tokens_N))
     match policy.kind:
         case "none":
-            return np.zeros(0, np.int32)
+            chosen = np.zeros(len(tokens_N), bool)
         case "first":
-            return np.arange(min(1, len(tokens_N)), dtype=np.int32)
+            chosen = position_N == 0
         case "every":
-            return np.arange(0, len(tokens_N), policy.every, dtype=np.int32)
+            chosen = position_N % policy.every == 0
         case "ids":
-            return np.flatnonzero(np.isin(tokens_N, policy.ids)).astype(np.int32)
+            chosen = np.isin(tokens_N, policy.ids)
+    return np.flatnonzero(chosen).astype(np.int32)

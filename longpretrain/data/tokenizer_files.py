@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,20 @@ from typing import Any
 from longpretrain.errors import InputError
 from longpretrain.files import read_json_object, write_atomically
 
-# Every file that a Hugging Face tokenizer may keep beside tokenizer.json.
-_COPIED = (
+# Every file that a Hugging Face tokenizer may keep beside its config.
+DERIVED = (
     "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "special_tokens_map.json",
-    "added_tokens.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model",
+    "added_tokens.json",
 )  # fmt: skip
-_CONFIG = "tokenizer_config.json"
+_COPIED = (*DERIVED, "sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
+CONFIG = "tokenizer_config.json"
 # transformers' classes that take tokenizer.json as it is, by their old and their new name.
 _AS_IT_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 # Role: keys of tokenizer_config.json that name it, then the usual names.
 _ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "bos": (("bos_token", "cls_token"), ("<s>", "[CLS]")),
-    "eos": (("eos_token", "sep_token"), ("</s>", "[SEP]")),
+    "bos": (("bos_token", "cls_token"), ("<s>", "[CLS]", "<|endoftext|>")),
+    "eos": (("eos_token", "sep_token"), ("</s>", "[SEP]", "<|endoftext|>")),
     "pad": (("pad_token",), ("<pad>", "[PAD]")),
     "mask": (("mask_token",), ("<mask>", "[MASK]")),
     "unk": (("unk_token",), ("<unk>", "[UNK]")),
@@ -33,23 +34,29 @@ _ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Roles:
-    """The names of the special tokens that pretraining needs."""
+    """The names of the special tokens; masked-LM pretraining needs all of them."""
 
     bos: str
     eos: str
-    pad: str
-    mask: str
-    unk: str
+    pad: str | None = None
+    mask: str | None = None
+    unk: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All five."""
-        return self.bos, self.eos, self.pad, self.mask, self.unk
+        """Those that there are."""
+        every = (self.bos, self.eos, self.pad, self.mask, self.unk)
+        return tuple(name for name in every if name is not None)
+
+    @property
+    def is_complete(self) -> bool:
+        """There is one for each role."""
+        return None not in (self.pad, self.mask, self.unk)
 
     @property
     def config(self) -> dict[str, str]:
         """The keys of tokenizer_config.json."""
-        return {
+        every = {
             "bos_token": self.bos,
             "eos_token": self.eos,
             "sep_token": self.eos,
@@ -58,6 +65,7 @@ class Roles:
             "pad_token": self.pad,
             "mask_token": self.mask,
         }
+        return {key: name for key, name in every.items() if name is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +82,12 @@ class TokenizerFiles:
     """There is a tokenizer.json."""
     add_prefix_space: bool = False
     """transformers puts a space before a text that has none (byte-level BPE only)."""
+
+
+def has_files(folder: Path) -> bool:
+    """Whether ``read`` has something to read."""
+    names = {name for name in DERIVED if (folder / name).is_file()}
+    return "tokenizer.json" in names or names >= {"vocab.json", "merges.txt"}
 
 
 def read(folder: Path) -> TokenizerFiles:
@@ -96,7 +110,7 @@ def read(folder: Path) -> TokenizerFiles:
             wanted="tokenizer files in Hugging Face's format",
             way_out="Save the tokenizer again with transformers' save_pretrained().",
         ) from error
-    nothing = "neither tokenizer.json nor vocab.json with merges.txt"
+    nothing = "neither tokenizer.json nor vocab.json with merges.txt nor a SentencePiece .model"
     raise InputError(
         f"tokenizer {folder}",
         got=nothing if folder.is_dir() else "no such folder",
@@ -109,26 +123,35 @@ def find_roles(folder: Path, files: TokenizerFiles) -> Roles:
     """The special tokens, as the configs name them, else by their usual names.
 
     Raises:
-        InputError: the vocabulary has none for one of the roles.
+        InputError: the vocabulary has none to begin or to end a document with.
     """
+    found = known_roles(folder, files.vocab)
+    for role in ("bos", "eos"):
+        if role not in found:
+            keys, usual = _ROLES[role]
+            raise InputError(
+                f"tokenizer {folder}",
+                got=f"no {role} token in its vocabulary of {len(files.vocab)}",
+                wanted=f"{' or '.join(usual)}, or what tokenizer_config.json names as {keys[0]}",
+                way_out="Documents begin and end with one: add it, or name it there.",
+            )
+    return Roles(**found)
+
+
+def known_roles(folder: Path, vocab: Container[str]) -> dict[str, str]:
+    """Role -> special token, of those that the vocabulary has."""
     config = {
         key: value.get("content") if isinstance(value, dict) else value
-        for name in ("special_tokens_map.json", _CONFIG)
+        for name in ("special_tokens_map.json", CONFIG)
         for key, value in _read_optional(folder / name).items()
     }
     found = {}
     for role, (keys, usual) in _ROLES.items():
         names = [*(config.get(key) for key in keys), *usual]
-        known = [name for name in names if isinstance(name, str) and name in files.vocab]
-        if not known:
-            raise InputError(
-                f"tokenizer {folder}",
-                got=f"no {role} token in its vocabulary of {len(files.vocab)}",
-                wanted=f"{' or '.join(usual)}, or what tokenizer_config.json names as {keys[0]}",
-                way_out="Masked-LM pretraining needs <s>, </s>, <pad>, <unk> and <mask>: add it.",
-            )
-        found[role] = known[0]
-    return Roles(**found)
+        known = [name for name in names if isinstance(name, str) and name in vocab]
+        if known:
+            found[role] = known[0]
+    return found
 
 
 def write_byte_bpe(
@@ -141,7 +164,11 @@ def write_byte_bpe(
     max_tokens: int,
     add_prefix_space: bool,
 ) -> None:
-    """Writes a byte-level BPE as RoBERTa's tokenizer: transformers has it for Longformer too."""
+    """Writes a byte-level BPE as RoBERTa's tokenizer: transformers has it for Longformer too.
+
+    One without RoBERTa's special tokens (GPT-2's) is written as no model's: RoBERTa's class would
+    add them to the vocabulary.
+    """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -154,29 +181,30 @@ def write_byte_bpe(
     whole = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=list(merges)))
     whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     whole.decoder = decoders.ByteLevel()
-    whole.post_processor = processors.RobertaProcessing(
-        (roles.eos, vocab[roles.eos]), (roles.bos, vocab[roles.bos]), True, add_prefix_space
-    )
+    if roles.is_complete:
+        whole.post_processor = processors.RobertaProcessing(
+            (roles.eos, vocab[roles.eos]), (roles.bos, vocab[roles.bos]), True, add_prefix_space
+        )
     whole.add_special_tokens([tokenizers.AddedToken(**entry) for entry in added.values()])
-    names = roles.config | {"mask_token": {"__type": "AddedToken", **added[roles.mask]}}
+    mask = {} if roles.mask is None else {"mask_token": added[roles.mask]}
+    typed = {key: {"__type": "AddedToken", **entry} for key, entry in mask.items()}
     extra = [name for name in added if name not in roles.names]
     config = {
-        "tokenizer_class": "RobertaTokenizer",
+        "tokenizer_class": "RobertaTokenizer" if roles.is_complete else _AS_IT_IS[0],
         "model_max_length": max_tokens,
         "add_prefix_space": add_prefix_space,
         "trim_offsets": True,
         "errors": "replace",
-        **names,
+        **roles.config,
+        **typed,
         **({"additional_special_tokens": extra} if extra else {}),
     }
     write_atomically(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges), ""]
     write_atomically(folder / "merges.txt", "\n".join(lines))
     write_atomically(folder / "tokenizer.json", whole.to_str())
-    _write_json(
-        folder / "special_tokens_map.json", roles.config | {"mask_token": added[roles.mask]}
-    )
-    _write_json(folder / _CONFIG, config)
+    write_json(folder / "special_tokens_map.json", {**roles.config, **mask})
+    write_json(folder / CONFIG, config)
 
 
 def copy(source: Path, folder: Path, roles: Roles, max_tokens: int) -> None:
@@ -186,11 +214,11 @@ def copy(source: Path, folder: Path, roles: Roles, max_tokens: int) -> None:
             temporary = folder / f"{name}.part"
             shutil.copyfile(source / name, temporary)
             temporary.replace(folder / name)
-    config = _read_optional(source / _CONFIG)
+    config = _read_optional(source / CONFIG)
     # Without a class transformers would take the model's, RoBERTa's BPE; this one takes any file.
     defaults = {"tokenizer_class": "PreTrainedTokenizerFast", **roles.config}
     stated = {key: value for key, value in config.items() if value is not None}
-    _write_json(folder / _CONFIG, defaults | stated | {"model_max_length": max_tokens})
+    write_json(folder / CONFIG, defaults | stated | {"model_max_length": max_tokens})
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
@@ -217,7 +245,7 @@ def _read_tokenizer_json(folder: Path) -> TokenizerFiles:
 
 def _adds_prefix_space(folder: Path, tree: Mapping[str, Any]) -> bool:
     """Whether transformers would: its own classes ask the config, the plain one tokenizer.json."""
-    config = _read_optional(folder / _CONFIG)
+    config = _read_optional(folder / CONFIG)
     named = config.get("tokenizer_class")
     if tree and (named in _AS_IT_IS or not (named or (folder / "config.json").is_file())):
         return bool((tree.get("pre_tokenizer") or {}).get("add_prefix_space"))
@@ -241,7 +269,7 @@ def _read_vocab_and_merges(folder: Path) -> TokenizerFiles:
         token: int(number) for token, number in read_json_object(folder / "vocab.json").items()
     }
     vocab |= _read_optional(folder / "added_tokens.json")
-    decoder = _read_optional(folder / _CONFIG).get("added_tokens_decoder") or {}
+    decoder = _read_optional(folder / CONFIG).get("added_tokens_decoder") or {}
     vocab |= {entry["content"]: int(number) for number, entry in decoder.items()}
     special = tuple(entry["content"] for entry in decoder.values() if entry.get("special"))
     # Split at line feeds only: a merge may hold other characters that Python takes for line ends.
@@ -258,5 +286,5 @@ def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
     return left, right
 
 
-def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+def write_json(path: Path, tree: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,13 +20,14 @@ from torch import nn
 
 from longpretrain.config import Config, to_tree
 from longpretrain.engine import checkpoint
+from longpretrain.engine.loader import Loader
 from longpretrain.engine.signals import StopRequest
 from longpretrain.engine.task import Batch, Task
 from longpretrain.engine.zero import StepResult, ZeroEngine
 from longpretrain.errors import InputError
 from longpretrain.ranks import Ranks
 from longpretrain.report.metrics import MetricsLog
-from longpretrain.schedule import hidden_dropout_seed, learning_rate, update_numbers
+from longpretrain.schedule import hidden_dropout_seed, learning_rate
 
 MAX_SKIPPED_IN_A_ROW = 20
 
@@ -124,11 +124,13 @@ def train(
         FloatingPointError: too many updates in a row had a non-finite gradient.
     """
     accumulation = accumulation_steps(config, ranks.world_size)
-    engine, progress = _start(config, model, device, accumulation, resume_from)
     total = config.schedule.total_steps
-    saved_step, saved_at = progress.step, time.monotonic()
     skipped_in_a_row = 0
-    with _Prefetch(config, task, ranks, accumulation) as batches:
+    first = 1 + (checkpoint.read_state(resume_from)["step"] if resume_from else 0)
+    pin = device.type == "cuda"
+    with Loader(config, task, ranks, accumulation, first=first, pin=pin) as batches:
+        engine, progress = _start(config, model, device, accumulation, resume_from)
+        saved_step, saved_at = progress.step, time.monotonic()
         while progress.step < total:
             step = progress.step + 1
             started = time.monotonic()
@@ -202,7 +204,8 @@ def _update(
     count = max(count, 1.0)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for number, batch in enumerate(micro_batches, start=1):
-        loss = task.loss(engine, {key: value.to(device) for key, value in batch.items()})
+        on_device = {key: x.to(device, non_blocking=True) for key, x in batch.items()}
+        loss = task.loss(engine, on_device)
         loss_sum += loss.detach().double()
         engine.backward(loss / count)
         if number < len(micro_batches):
@@ -308,6 +311,7 @@ def _save(
         "updates_applied": engine.updates_applied,
         "global_tokens": config.model.global_tokens,
         "world_size": dist.get_world_size(),
+        "mix_version": task.version(progress.samples_done - 1),
         "task": task.identity(),
         "recipe": to_tree(config),
     }
@@ -316,40 +320,3 @@ def _save(
     took_s = time.monotonic() - started
     event = f"checkpoint {folder.name} in {took_s:.1f} s"
     metrics.report({"kind": "event", "step": progress.step, "event": event})
-
-
-class _Prefetch:
-    """Collates the next update's micro-batches in a thread while this one runs."""
-
-    def __init__(self, config: Config, task: Task, ranks: Ranks, accumulation: int) -> None:
-        self._config = config
-        self._task = task
-        self._ranks = ranks
-        self._accumulation = accumulation
-        self._next: tuple[int, Future[list[Batch]]] | None = None
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="collate")
-
-    def __enter__(self) -> _Prefetch:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def get(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of update ``step``; starts on those of the next."""
-        ready = self._next if self._next and self._next[0] == step else None
-        batches = ready[1].result() if ready else self._collate(step)
-        if step < self._config.schedule.total_steps:
-            self._next = (step + 1, self._pool.submit(self._collate, step + 1))
-        return batches
-
-    def _collate(self, step: int) -> list[Batch]:
-        numbers = update_numbers(
-            step,
-            global_sequences=self._config.batch.global_sequences,
-            micro_sequences=self._config.batch.micro_sequences,
-            accumulation=self._accumulation,
-            world_size=self._ranks.world_size,
-            rank=self._ranks.rank,
-        )
-        return [self._task.collate([self._task.sample(n) for n in group]) for group in numbers]

@@ -75,6 +75,7 @@ def _check_movable(config: Config) -> None:
     for key, value in (
         ("model.path", config.model.path),
         ("data.train", config.data.train),
+        *((f"data.mix.{source.name}.path", source.path) for source in config.data.mix),
         ("data.valid", config.data.valid),
     ):
         if value and run_dir.exists() and Path(value).resolve().is_relative_to(run_dir):

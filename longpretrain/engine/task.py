@@ -46,8 +46,14 @@ class Task(Protocol):
         """The pass over the corpus that sample ``number`` belongs to, from 0."""
         ...
 
+    def version(self, number: int) -> int:
+        """The version of the data that sample ``number`` belongs to, from 0; it grows where
+        sources join.
+        """
+        ...
+
     def identity(self) -> dict[str, str]:
-        """What must not change while a run goes on, such as the corpus; kept in checkpoints."""
+        """What the samples of a run follow from, such as its corpora; kept in checkpoints."""
         ...
 
     def stored_names(self, parameter: str) -> tuple[str, ...]:

@@ -80,7 +80,13 @@ class HeldOut:
         probability: float = 0.15,
         global_tokens: str = "none",
     ) -> None:
+        tokenizer.need_masking("the model's tokenizer")
         corpus.require_tokenizer(tokenizer.fingerprint, owner="the model")
+        if blocks == "packed":
+            raise InputError(
+                "blocks of held-out text", got=blocks, wanted="full_sentences or document",
+                way_out="Say document: it scores each document on its own, as packing does.",
+            )  # fmt: skip
         self.corpus, self.tokenizer, self.policy = corpus, tokenizer, blocks
         self.max_tokens, self.seed, self.probability = max_tokens, seed, probability
         self._global_tokens = parse_global_tokens(global_tokens)

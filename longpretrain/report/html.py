@@ -21,51 +21,11 @@ from longpretrain.errors import InputError
 from longpretrain.files import write_atomically
 from longpretrain.report.console import count_text, duration_text
 from longpretrain.report.metrics import read_metrics
+from longpretrain.report.page import folded, page_html, table_html
 from longpretrain.report.plots import Curve, describe, plot_svg
 
 Line = dict[str, Any]
 _WIDE = (10.6, 3.4)
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1d2129; --quiet: #5b6472; --paper: #fdfdfb;
-  --card: #ffffff; --grid: #dcdfe4; --accent-0: #1f5fbf; --accent-1: #c2500a;
-  --accent-2: #16794c; --accent-3: #8a3ba8; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --quiet: #9aa4b2; --paper: #14171c;
-  --card: #1b1f26; --grid: #363c46; --accent-0: #7db2ff; --accent-1: #ffa36b;
-  --accent-2: #6fd3a1; --accent-3: #d79bf0; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 68rem; background: var(--paper);
-  color: var(--ink); font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue",
-  Arial, sans-serif; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .35rem; letter-spacing: -.01em; }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; }
-p { margin: .25rem 0; } .quiet, figcaption, th, dt { color: var(--quiet); }
-.status { display: inline-block; padding: .1rem .6rem; border-radius: 1rem; font-weight: 600;
-  font-size: .875rem; border: 1px solid currentColor; margin-right: .4rem; }
-.done { color: var(--accent-2); } .failed { color: var(--accent-1); }
-.open { color: var(--accent-0); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem;
-  margin: 1.5rem 0 0; padding: 0; list-style: none; }
-.tiles li, figure { background: var(--card); border: 1px solid var(--grid); border-radius: .5rem; }
-.tiles li { padding: .7rem .9rem; } .tiles b { display: block; font-size: 1.35rem; font-weight: 600;
-  font-variant-numeric: tabular-nums; } .tiles span { font-size: .8125rem; color: var(--quiet); }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr));
-  gap: 1rem; } .wide { grid-column: 1 / -1; }
-.below { margin-top: 1rem; }
-.wide, .below { overflow-x: auto; } .wide svg, .below svg { min-width: 32rem; }
-figure { margin: 0; padding: .8rem 1rem .6rem; } figcaption { font-size: .875rem; }
-figcaption b { color: var(--ink); } svg { display: block; width: 100%; height: auto; }
-svg text { font-family: inherit !important; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums;
-  font-size: .9375rem; } th, td { text-align: right; padding: .3rem .9rem .3rem 0;
-  border-bottom: 1px solid var(--grid); white-space: nowrap; } th { font-weight: 500; }
-th:first-child, td:first-child { text-align: left; }
-th.text, td.text { text-align: left; white-space: normal; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.5rem; margin: 0; }
-dd { margin: 0; overflow-wrap: anywhere; } summary { cursor: pointer; }
-pre { overflow-x: auto; padding: 1rem; background: var(--card); border: 1px solid var(--grid);
-  border-radius: .5rem; font: .8125rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-"""
 
 
 @dataclass(frozen=True)
@@ -146,15 +106,12 @@ def _setup(folder: Path, events: Sequence[Line]) -> Line:
 
 def _page(run: _Run) -> str:
     name = str(run.config.get("name") or run.folder.resolve().name)
-    title = html.escape(f"{name}: pretraining report")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<header>\n<h1>{html.escape(name)}</h1>\n{_status(run)}\n{_tiles(run)}\n</header>\n<main>\n"
+    header = f"{_status(run)}\n{_tiles(run)}"
+    main = (
         f"{_plots(run)}\n{_evaluations(run)}\n{_scores(run)}\n{_facts(run)}\n{_events(run)}\n"
-        f"{_config(run)}\n</main>\n</body>\n</html>\n"
+        f"{_config(run)}"
     )
+    return page_html(f"{name}: pretraining report", name, header, main)
 
 
 def _status(run: _Run) -> str:
@@ -260,8 +217,10 @@ def _evaluations(run: _Run) -> str:
          _number(line["loss"]), f"{line['masked_tokens']:,}"]
         for line in run.evaluations
     ]  # fmt: skip
-    table = _table(["data", "step", "bits per masked token", "loss (nats)", "masked tokens"], rows)
-    table = _folded(f"{len(rows)} evaluations", table, len(rows))
+    table = table_html(
+        ["data", "step", "bits per masked token", "loss (nats)", "masked tokens"], rows
+    )
+    table = folded(f"{len(rows)} evaluations", table, len(rows))
     return f"<h2>Evaluation during training</h2>\n{table}"
 
 
@@ -284,7 +243,9 @@ def _scores(run: _Run) -> str:
     svg = plot_svg(
         "positions", said, curves, x_label="position in the sequence", y_label="bits", inches=_WIDE
     )
-    table = _table(["sequence length", "bits per masked token", "masked tokens", "sequences"], rows)
+    table = table_html(
+        ["sequence length", "bits per masked token", "masked tokens", "sequences"], rows
+    )
     return (
         f"<h2>Held-out score by length and position</h2>\n{table}\n"
         f'<figure class="below"><figcaption><b>By position</b> in buckets of 512</figcaption>'
@@ -301,7 +262,7 @@ def _facts(run: _Run) -> str:
     facts = {
         "Recipe": run.config.get("name"),
         "Started from": _get(run.config, "model", "path"),
-        "Training data": _get(run.config, "data", "train"),
+        "Training data": _get(run.config, "data", "train") or _mix_text(run),
         "Held-out data": _get(run.config, "data", "valid"),
         "Tokens per sequence": _get(run.config, "data", "max_tokens"),
         "Sequences per update": _get(run.config, "batch", "global_sequences"),
@@ -320,6 +281,13 @@ def _facts(run: _Run) -> str:
     return f"<h2>Facts</h2>\n<dl>{shown}</dl>" if shown else ""
 
 
+def _mix_text(run: _Run) -> str:
+    """The folders of a mix by the names of the sources."""
+    mix = _get(run.config, "data", "mix")
+    sources = mix if isinstance(mix, dict) else {}
+    return ", ".join(f"{name}: {_get(sources, name, 'path')}" for name in sources)
+
+
 def _events(run: _Run) -> str:
     if not run.events:
         return ""
@@ -327,7 +295,9 @@ def _events(run: _Run) -> str:
         [f"{line['step']:,}", _clock(line.get("time")), str(line.get("event", ""))]
         for line in run.events
     ]
-    table = _folded(f"{len(rows)} events", _table(["step", "time", "event"], rows, (2,)), len(rows))
+    table = folded(
+        f"{len(rows)} events", table_html(["step", "time", "event"], rows, (2,)), len(rows)
+    )
     return f"<h2>Events</h2>\n{table}"
 
 
@@ -338,31 +308,6 @@ def _config(run: _Run) -> str:
         "<h2>Configuration</h2>\n<details><summary>config.yaml, every key of the run</summary>"
         f"<pre>{html.escape(run.config_text)}</pre></details>"
     )
-
-
-def _table(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int] = ()
-) -> str:
-    looks = [' class="text"' if column in text_columns else "" for column in range(len(heads))]
-    head = "".join(
-        f'<th scope="col"{look}>{html.escape(name)}</th>'
-        for look, name in zip(looks, heads, strict=True)
-    )
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{look}>{html.escape(cell)}</td>" for look, cell in zip(looks, row, strict=True)
-        )
-        + "</tr>"
-        for row in rows
-    )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll">{table}</div>'
-
-
-def _folded(summary: str, table: str, rows: int) -> str:
-    """A long table opens on demand."""
-    return f"<details><summary>{summary}</summary>{table}</details>" if rows > 12 else table
 
 
 def _clock(seconds: object) -> str:

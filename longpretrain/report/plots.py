@@ -25,9 +25,9 @@ MAX_BINS = 400
 
 # Colours that stand for the page's own: replaced in the SVG, so that they follow light and dark.
 _INK, _GRID = "#010101", "#020202"
-_ACCENTS = ("#030303", "#040404", "#050505", "#060606")
+ACCENTS = ("#030303", "#040404", "#050505", "#060606")
 _PAGE_COLOURS = {_INK: "var(--ink)", _GRID: "var(--grid)"} | {
-    colour: f"var(--accent-{number})" for number, colour in enumerate(_ACCENTS)
+    colour: f"var(--accent-{number})" for number, colour in enumerate(ACCENTS)
 }
 
 
@@ -68,19 +68,12 @@ def plot_svg(
         marks: x of thin vertical lines, such as where the run was resumed.
         inches: width and height before the page scales it.
     """
-    style: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": slug, "text.color": _INK, "axes.labelcolor": _INK,
-        "xtick.color": _INK, "ytick.color": _INK, "axes.edgecolor": _GRID, "font.size": 9.0,
-        "path.simplify": False,
-    }  # fmt: skip
-    with mpl.rc_context(style):
-        figure = Figure(figsize=inches, layout="constrained")
-        figure.patch.set_alpha(0)
-        axes = figure.add_subplot()
+
+    def paint(axes: Any) -> None:
         _lay_out(axes, y_text)
         for mark in marks:
             axes.axvline(mark, color=_INK, linewidth=0.8, linestyle=":")
-        for colour, curve in zip(_ACCENTS, curves, strict=False):
+        for colour, curve in zip(ACCENTS, curves, strict=False):
             _draw(axes, curve, colour)
         if is_log:
             axes.set_yscale("log")
@@ -90,10 +83,44 @@ def plot_svg(
         axes.set_ylabel(y_label)
         if len(curves) > 1:
             axes.legend(frameon=False, loc="best")
+
+    return figure_svg(slug, description, paint, inches)
+
+
+def figure_svg(
+    slug: str, description: str, paint: Callable[[Any], None], inches: tuple[float, float]
+) -> str:
+    """One plot as an ``<svg>`` element; colours out of ACCENTS become the page's.
+
+    Args:
+        slug: distinct on the page; prefixes the ids inside.
+        description: what a reader who does not see the plot is told.
+        paint: draws into the axes it is given.
+        inches: width and height before the page scales it.
+    """
+    style: Any = {
+        "svg.fonttype": "none", "svg.hashsalt": slug, "text.color": _INK, "axes.labelcolor": _INK,
+        "xtick.color": _INK, "ytick.color": _INK, "axes.edgecolor": _GRID, "font.size": 9.0,
+        "path.simplify": False,
+    }  # fmt: skip
+    with mpl.rc_context(style):
+        figure = Figure(figsize=inches, layout="constrained")
+        figure.patch.set_alpha(0)
+        axes = figure.add_subplot()
+        prepare_axes(axes, _GRID)
+        paint(axes)
         file = io.StringIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", metadata=no_metadata)
     return _for_page(file.getvalue(), slug, description)
+
+
+def prepare_axes(axes: Any, grid: str) -> None:
+    """The bare look of all plots: two spines, a grid behind."""
+    axes.patch.set_alpha(0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=grid, linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
 def binned(
@@ -114,10 +141,6 @@ def binned(
 
 
 def _lay_out(axes: Any, y_text: Callable[[float], str] | None) -> None:
-    axes.patch.set_alpha(0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=_GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
     axes.ticklabel_format(style="sci", scilimits=(-3, 4), useMathText=False)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     steps = [1, 2, 5, 10]

@@ -67,7 +67,10 @@ class LongMaskedLMConfig(FairseqDataclass):  # type: ignore[misc]
     )
     blocks: str = field(
         default=_DATA.blocks,
-        metadata={"help": "full_sentences: a stream across documents; document: never mixes two"},
+        metadata={
+            "help": "full_sentences: a stream across documents; document: never mixes two; packed: "
+            "pieces of several side by side, each attending to itself"
+        },
     )
     mask_prob: float = field(
         default=_MASKING.probability, metadata={"help": "share of the tokens that is chosen"}

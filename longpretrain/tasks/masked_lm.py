@@ -1,9 +1,8 @@
 """Masked language modelling on long documents: the task that both trainers run, free of fairseq.
 
-Everything about sample ``number`` follows from the number, the run's seed and the corpus: which
-block
-it is, which tokens are masked and with what, and the seed of its attention dropout. Ranks, workers
-and micro-batches have no say.
+Everything about sample ``number`` follows from the number, the run's seed and its corpora: which
+block of which it is, which tokens are masked and with what, and the seed of its attention dropout.
+Ranks, workers and micro-batches have no say.
 
 Letters: B sequences, N tokens, M masked tokens, V vocabulary, G global tokens.
 """
@@ -14,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from longpretrain.config import Config
-from longpretrain.data.blocks import Blocks, Order
+from longpretrain.data.blocks import Blocks
 from longpretrain.data.global_tokens import global_positions, parse_global_tokens
 from longpretrain.data.hashing import hash64
 from longpretrain.data.masking import mask_tokens
@@ -39,6 +38,7 @@ from longpretrain.model.folder import (
     read_tensors,
 )
 from longpretrain.model.weights import stored_names
+from longpretrain.tasks.sources import Sources
 
 # What a key is for, so that masking and dropout of one sample do not share a stream.
 _MASKING, _DROPOUT = 1, 2
@@ -55,6 +55,9 @@ class Sample:
     global_G: np.ndarray | None
     dropout_seed: int
     sample_id: int
+    document_N: np.ndarray | None = None
+    """Packed documents only, as in ``data.cuts.Block``; so is position_N."""
+    position_N: np.ndarray | None = None
 
 
 def model_changes(config: Config) -> dict[str, object]:
@@ -72,14 +75,14 @@ def model_changes(config: Config) -> dict[str, object]:
 
 
 class MaskedLMTask:
-    """The masked-LM objective over a corpus, for the engine's loop (its Task Protocol) and for
-    fairseq.
+    """The masked-LM objective over one corpus or several, for the engine's loop (its Task Protocol)
+    and for fairseq.
 
     Args:
         config: the run.
         folder: the model folder to take configuration, tokenizer and weights from. None: the
             tokenizer is RoBERTa's BPE and the model is ``new_model``.
-        split: "train" or "valid": which corpus of the recipe.
+        split: "train" or "valid": which data of the recipe.
         new_model: the configuration of a model with new weights, where there is no folder.
 
     Raises:
@@ -105,16 +108,7 @@ class MaskedLMTask:
         self._global_tokens = parse_global_tokens(config.model.global_tokens)
         self._has_global = self._global_tokens.kind != "none"
         self._check_fit(folder)
-        self.corpus = open_corpus(config, split)
-        self.corpus.require_tokenizer(self.tokenizer.fingerprint, owner=f"model {folder or 'new'}")
-        self.blocks = Blocks(
-            self.corpus,
-            policy=config.data.blocks,
-            max_tokens=config.data.max_tokens,
-            bos_id=self.tokenizer.bos_id,
-            eos_id=self.tokenizer.eos_id,
-        )
-        self._order = Order(len(self.blocks), seed=config.run.seed)
+        self.sources = Sources(config, split, self.tokenizer, owner=f"model {folder or 'new'}")
 
     def _check_fit(self, folder: Path | None) -> None:
         length, positions = self.config.data.max_tokens, self.model_config.max_tokens
@@ -126,6 +120,7 @@ class MaskedLMTask:
                 way_out="Lengthen the model: longpretrain convert "
                 f"{folder} DST --positions {length}.",
             )
+        self.tokenizer.need_masking(f"tokenizer of {folder}")
         if self.tokenizer.vocab_size > self.model_config.vocab_size:
             raise InputError(
                 f"tokenizer of {folder}",
@@ -159,19 +154,36 @@ class MaskedLMTask:
         """Refuses missing, truncated or misshapen weights, without building the model."""
         read_tensors(folder)
 
+    @property
+    def blocks(self) -> Blocks:
+        """The blocks of a run on one corpus."""
+        return self.sources.only
+
+    @property
+    def corpus(self) -> Corpus:
+        """The corpus of a run on one."""
+        return self.blocks.corpus
+
     def epoch(self, number: int) -> int:
-        """The pass over the corpus that sample ``number`` belongs to, from 0."""
-        return number // len(self.blocks)
+        """The pass over its corpus, in a mix over the one most repeated, that sample ``number``
+        belongs to, from 0.
+        """
+        return self.sources.epoch(number)
+
+    def version(self, number: int) -> int:
+        """The version of the mix that sample ``number`` belongs to, from 0."""
+        return self.sources.mix.version(number)
 
     def sample(self, number: int) -> Sample:
         """Sample ``number``: its block, masked for its epoch, and its dropout seed for its
         update.
         """
-        epoch, block = self._order.locate(number)
-        identity = self.blocks.sample_id(block)
+        blocks, epoch, block = self.sources.locate(number)
+        identity = blocks.sample_id(block)
         seed = self.config.run.seed
         update = number // self.config.batch.global_sequences + 1
-        tokens_N = self.blocks[block]
+        found = blocks.read(block)
+        tokens_N = found.tokens_N
         inputs_N, positions_M = mask_tokens(
             tokens_N,
             key=hash64(seed, _MASKING, identity, epoch),
@@ -184,14 +196,18 @@ class MaskedLMTask:
             tokens_N=inputs_N,
             positions_M=positions_M,
             targets_M=tokens_N[positions_M],
-            global_G=global_positions(tokens_N, self._global_tokens) if self._has_global else None,
+            global_G=global_positions(tokens_N, self._global_tokens, found.position_N)
+            if self._has_global
+            else None,
             dropout_seed=hash64(seed, _DROPOUT, identity, update),
             sample_id=identity,
+            document_N=found.document_N,
+            position_N=found.position_N,
         )
 
     def collate(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
-        """Pads to the longest sequence. ``padding_BN`` and ``global_index_BG`` are there only if
-        needed.
+        """Pads to the longest sequence. ``padding_BN``, ``global_index_BG``, ``document_BN`` and
+        ``position_BN`` are there only if needed.
         """
         lengths = [len(sample.tokens_N) for sample in samples]
         longest = max(lengths)
@@ -214,7 +230,7 @@ class MaskedLMTask:
         found = [sample.global_G for sample in samples if sample.global_G is not None]
         if found:
             batch["global_index_BG"] = _pad_global(found)
-        return batch
+        return batch | _pad_packed(samples, longest, self.tokenizer.pad_id)
 
     @staticmethod
     def count(batch: Mapping[str, torch.Tensor]) -> int:
@@ -237,6 +253,8 @@ class MaskedLMTask:
         logits_MV = model(
             batch["tokens_BN"],
             padding_BN=batch.get("padding_BN"),
+            position_BN=batch.get("position_BN"),
+            document_BN=batch.get("document_BN"),
             global_index_BG=batch.get("global_index_BG"),
             predict_index_M=batch["predict_index_M"],
             dropout_seed_B=batch["dropout_seed_B"],
@@ -244,8 +262,8 @@ class MaskedLMTask:
         return F.cross_entropy(logits_MV.float(), batch["targets_M"], reduction="sum")
 
     def identity(self) -> dict[str, str]:
-        """The corpus and the tokenizer of the run, by fingerprint."""
-        return {"corpus": self.corpus.fingerprint, "tokenizer": self.tokenizer.fingerprint}
+        """The corpora and the tokenizer of the run, by fingerprint."""
+        return {**self.sources.identity(), "tokenizer": self.tokenizer.fingerprint}
 
     def stored_names(self, parameter: str) -> tuple[str, ...]:
         """Names of a trained parameter in a model folder.
@@ -269,22 +287,6 @@ class MaskedLMTask:
         self.tokenizer.save(folder, self.model_config.max_tokens)
 
 
-def open_corpus(
-    config: Config, split: str, *, verify: Literal["size", "sha256"] = "size"
-) -> Corpus:
-    """The corpus of a recipe's split, its files checked by size or by sha256."""
-    key = f"data.{split}"
-    path = config.data.train if split == "train" else config.data.valid
-    if not path:
-        raise InputError(
-            f"recipe key {key}",
-            got="nothing",
-            wanted="a folder that longpretrain prepare wrote",
-            way_out=f"Say {key}=DIR.",
-        )
-    return Corpus.open(Path(path), verify=verify)
-
-
 def _pad_global(found: list[np.ndarray]) -> torch.Tensor:
     """Ragged global positions as int32 [B, G], -1 in unused slots."""
     slots = max(1, *(len(row) for row in found))
@@ -292,3 +294,24 @@ def _pad_global(found: list[np.ndarray]) -> torch.Tensor:
     for row, positions in enumerate(found):
         index_BG[row, : len(positions)] = positions
     return torch.from_numpy(index_BG)
+
+
+def _pad_packed(samples: list[Sample], longest: int, pad_id: int) -> dict[str, torch.Tensor]:
+    """Documents and positions of packed sequences, else nothing.
+
+    Positions are rows of the model's table, which begin behind that of padding (RoBERTa's rule);
+    padding carries on the last document, as the attention asks for.
+    """
+    document_BN = np.zeros((len(samples), longest), np.int32)
+    position_BN = np.full((len(samples), longest), pad_id, np.int64)
+    for row, sample in enumerate(samples):
+        if sample.document_N is None or sample.position_N is None:
+            return {}
+        length = len(sample.tokens_N)
+        document_BN[row, :length] = sample.document_N
+        document_BN[row, length:] = sample.document_N[-1]
+        position_BN[row, :length] = sample.position_N + pad_id + 1
+    return {
+        "document_BN": torch.from_numpy(document_BN),
+        "position_BN": torch.from_numpy(position_BN),
+    }

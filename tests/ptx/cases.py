@@ -46,7 +46,7 @@ def cases(head_size: int, dtype: torch.dtype) -> dict[str, tuple[str, Case]]:
 
     everything = {"padding": True, "documents": True, "dropout_p": 0.2, "slots": 5}
     chunks = case(60, 2, causal=True, keys=640, slots=20, padding=True, dropout_p=0.1)
-    few = {"keys": 40, "q_offset": 5, "slots": 3}
+    few = {"batch": 2, "keys": 40, "q_offset": 5, "slots": 3, "padding": True}
     large = {"scale": 30_000 * head_size**-0.5, "slots": 12}
     return {
         "everything": ("far", case(30, (1, 3), batch=2, heads=2, keys=150, **everything)),
@@ -61,9 +61,9 @@ def cases(head_size: int, dtype: torch.dtype) -> dict[str, tuple[str, Case]]:
             case(40, keys=330, q_offset=70, queries=200, slots=40, dropout_p=0.5),
         ),
         "several chunks": ("plain", with_idle_parts(chunks)),
-        "few tokens": ("plain", with_padding_alone(case(9, batch=2, padding=True, **few))),
+        "few tokens": ("plain", with_padding_alone(case(9, **few))),
         "many slots": ("plain", case(9, keys=60, slots=40)),
-        "and dropout": ("plain", case(9, scale=-0.3, dropout_p=0.5, **few)),
+        "and dropout": ("plain", with_padding_alone(case(9, scale=-0.3, dropout_p=0.5, **few))),
         LARGE: (
             "plain",
             with_small_rows(case(70, keys=560, q_offset=460, **large), range(512, 560, 4)),

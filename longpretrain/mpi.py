@@ -1,0 +1,110 @@
+"""MPI: this process's place among the ranks, and what ranks that share work out need of it.
+
+The only file that imports mpi4py, and late: its import starts MPI, which is right only where MPI
+started this process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+_POLL_S = 0.005
+"""Between two looks for a message: MPI's own waiting would keep a core busy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process's place among those that one mpirun or srun started."""
+
+    rank: int
+    size: int
+    local_rank: int
+    is_one_host: bool
+    vendor: str
+    """Whose MPI mpi4py was built with, such as MPICH."""
+
+
+def world() -> World:
+    """Joins the other ranks. A collective: every rank must call it."""
+    from mpi4py import MPI
+
+    everyone = MPI.COMM_WORLD
+    local = everyone.Split_type(MPI.COMM_TYPE_SHARED)
+    found = World(
+        rank=everyone.Get_rank(),
+        size=everyone.Get_size(),
+        local_rank=local.Get_rank(),
+        is_one_host=local.Get_size() == everyone.Get_size(),
+        vendor=MPI.get_vendor()[0],
+    )
+    local.Free()
+    return found
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value, on every rank. A collective."""
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.bcast(value, root=0)
+
+
+class Team:
+    """All ranks of the world, with messages between them and counters that rank 0 keeps.
+
+    Making one, and closing it, are collectives. The counters are changed from afar by one-sided
+    operations, so ranks take work from a queue without a rank that hands it out; rank 0 should call
+    ``tick`` now and then, as an MPI without hardware for this serves the others only inside a call.
+    """
+
+    def __init__(self, *, counters: int) -> None:
+        from mpi4py import MPI
+
+        self._mpi = MPI
+        self._comm = MPI.COMM_WORLD.Dup()
+        self.rank: int = self._comm.Get_rank()
+        self.size: int = self._comm.Get_size()
+        word = np.dtype(np.int64).itemsize
+        self._window = MPI.Win.Allocate(word * counters * (self.rank == 0), word, comm=self._comm)
+        for slot in range(counters if self.rank == 0 else 0):
+            self.reset(slot)
+        self._comm.Barrier()
+
+    def add(self, slot: int, amount: int) -> int:
+        """Adds to a counter, in one step for all ranks; returns what it was before."""
+        return self._change(slot, amount, self._mpi.SUM)
+
+    def reset(self, slot: int) -> None:
+        """Sets a counter to 0: only while no other rank uses it."""
+        self._change(slot, 0, self._mpi.REPLACE)
+
+    def _change(self, slot: int, amount: int, operation: Any) -> int:
+        given, before = np.array([amount], np.int64), np.zeros(1, np.int64)
+        self._window.Lock(0, self._mpi.LOCK_SHARED)
+        self._window.Fetch_and_op(given, before, 0, slot, operation)
+        self._window.Unlock(0)
+        return int(before[0])
+
+    def send(self, value: Any, *, to: int) -> None:
+        """Sends anything that pickles."""
+        self._comm.send(value, dest=to)
+
+    def receive(self, idle: Callable[[], None] = lambda: None) -> Any:
+        """The next message of any rank; calls ``idle`` while there is none."""
+        while (message := self._comm.improbe()) is None:
+            idle()
+            time.sleep(_POLL_S)
+        return message.recv()
+
+    def tick(self) -> None:
+        """Lets MPI serve what other ranks have asked for."""
+        self._comm.iprobe()
+
+    def close(self) -> None:
+        """Takes leave of the others."""
+        self._window.Free()
+        self._comm.Free()
