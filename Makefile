@@ -15,7 +15,7 @@ SANITIZED := build/sanitize
 EMULATED := build/emulated
 SANITIZERS := UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=max_malloc_fill_size=1073741824:malloc_fill_byte=255
 
-.PHONY: help setup demo test exactness golden check sanitize sanitize-quick emulate emulate-sanitized cuda-budgets cuda-check mutate gpu-check lock clean
+.PHONY: help setup demo test exactness golden check sanitize sanitize-quick emulate emulate-sanitized cuda-budgets cuda-check mutate gpu-check benchmark-peers lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -104,10 +104,18 @@ gpu-check: $(VENV)/.done  ## on a machine with a GPU: build, test, measure; writ
 	  --reinstall-package longpretrain -e .
 	python benchmarks/gpu.py
 
-lock:  ## resolve install/requirements.in again into the hashed lock
-	VIRTUAL_ENV="$(CURDIR)/$(VENV)" UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(UV) pip compile -q --generate-hashes \
-	  --python-version 3.11 --no-emit-package torch --no-emit-find-links --no-emit-index-url --no-annotate \
-	  --custom-compile-command "make lock" install/requirements.in -o install/requirements.lock
+# In a folder of their own: the environment stays as it is locked.
+PEERS := build/benchmark-peers
+benchmark-peers: $(PEERS)/.done  ## what benchmarks/prepare.py compares with, beside what setup installs
+$(PEERS)/.done: install/benchmarks.lock | $(VENV)/.done
+	$(INSTALL) --no-deps --require-hashes --target $(PEERS) -r $<
+	touch $@
+
+COMPILE = VIRTUAL_ENV="$(CURDIR)/$(VENV)" UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(UV) pip compile -q --generate-hashes \
+	--python-version 3.11 --no-emit-find-links --no-emit-index-url --no-annotate --custom-compile-command "make lock"
+lock:  ## resolve install/*.in again into the hashed locks
+	$(COMPILE) --no-emit-package torch install/requirements.in -o install/requirements.lock
+	$(COMPILE) --constraints install/requirements.lock install/benchmarks.in -o install/benchmarks.lock
 
 clean:  ## remove what the targets made: the environment, the library, caches, the demo's run
 	rm -rf $(VENV) build longpretrain/attention/_kernels.so .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo

@@ -1,4 +1,4 @@
-"""``datasets.map`` with Hugging Face's fast tokenizer, as its documentation has it; run as a program.
+"""``datasets.map`` with Hugging Face's fast tokenizer, as its documentation has it: a program.
 
     python prepare_datasets.py INPUT.jsonl TOKENIZER_FOLDER CACHE_FOLDER
 

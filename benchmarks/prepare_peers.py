@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prepare_inputs import write_jsonl, write_lines
 from prepare_runs import Ran, run_measured
+from prepare_texts import write_jsonl, write_lines
 
 from longpretrain.convert.fairseq_dictionary import dictionary_text, gpt2_tokens
 from longpretrain.data import load_tokenizer
@@ -42,7 +42,6 @@ class Fairseq:
     """multiprocessing_bpe_encoder with one worker, then fairseq-preprocess."""
 
     name = "fairseq"
-    label = "fairseq: BPE encoder + fairseq-preprocess"
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -107,10 +106,9 @@ class Fairseq:
 
 
 class Datasets:
-    """datasets.map in one process; rayon's threads in the tokenizer are off, as we count by core."""
+    """datasets.map in one process; the tokenizer's own threads are off, as we count by core."""
 
     name = "datasets"
-    label = "datasets.map, HF fast tokenizer"
 
     def __init__(self, folder: Path, packages: Path = PACKAGES) -> None:
         self._folder, self._packages = folder, packages

@@ -113,6 +113,10 @@ def run(options: argparse.Namespace) -> int:
     modes = ("verify", "inspect", "train_tokenizer")
     mode = next((name for name in modes if getattr(options, name)), "prepare")
     reads_text = mode in ("prepare", "train_tokenizer")
+    if options.max_document_mb < 1:
+        options.parser.error(
+            f"argument --max-document-mb: got {options.max_document_mb}; wanted 1 or more"
+        )
     missing = [
         name
         for name, given in (("INPUT", options.inputs), ("--out", options.out))
@@ -169,6 +173,7 @@ def _prepare(options: argparse.Namespace) -> int:
 def _summary(out: Path, split: str) -> Iterable[str]:
     """What was made, what was left out, and what each filter did."""
     from longpretrain.data.manifest import PROBLEMS, Manifest
+    from longpretrain.prepare.inspect import filter_text, printable
 
     folders = [out / "train", out / "valid"] if split else [out]
     manifests = [Manifest.read(folder) for folder in folders]
@@ -183,14 +188,9 @@ def _summary(out: Path, split: str) -> Iterable[str]:
     if first.mended_documents:
         yield f"{first.mended_documents:,} documents were mended with U+FFFD"
     for report in first.filters:
-        did = (
-            f"{report['changed']:,} changed"
-            if report["name"].startswith("unicode")
-            else f"{report['dropped']:,} dropped, with {report['tokens_dropped']:,} tokens"
-        )
-        yield f"{report['name']}: of {report['seen']:,} documents {did}"
+        yield f"{report['name']}: {filter_text(report)}"
         for example in report["examples"]:
-            yield f"  {example['place']}: {' '.join(example['text'].split())}"
+            yield f"  {example['place']}: {printable(example['text'])}"
 
 
 def _verify(options: argparse.Namespace) -> int:

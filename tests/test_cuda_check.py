@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import shutil
 import subprocess
 from collections import Counter
 from dataclasses import replace
@@ -53,11 +52,10 @@ int main() {
 
 
 def test_blocks_are_those_of_nvidia_s_own_arithmetic(tmp_path: Path) -> None:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None or shutil.which("g++") is None:
-        pytest.skip(
-            "needs g++ and cuda_occupancy.h of the CUDA toolkit; there is no nvcc or no g++"
-        )
+    try:
+        nvcc = str(toolchain.find_nvcc().path)
+    except toolchain.NoNvccError as error:
+        pytest.skip(f"needs cuda_occupancy.h of the CUDA toolkit; {error}")
     dry_run = [nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"]
     told = subprocess.run(dry_run, capture_output=True, text=True, check=True).stderr
     include = Path(re.search(r"^#\$ TOP=(.*)$", told, re.MULTILINE)[1]) / "include"  # type: ignore

@@ -76,3 +76,23 @@ def test_an_nvcc_that_is_named_and_lacking_is_no_skip(
     monkeypatch.setenv("CUDACXX", "/nowhere/nvcc")
     assert command.main(["budgets", "--chips", "80", "--in-tests"]) == 2
     assert "CUDACXX: got /nowhere/nvcc" in capsys.readouterr().err
+
+
+def test_an_nvcc_that_cannot_build_the_library_is_as_good_as_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Debian 12 has such a one."""
+    old = tmp_path / "nvcc"
+    old.write_text("#!/bin/sh\necho Cuda compilation tools, release 11.8, V11.8.89\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(old))
+    assert command.main(["budgets", "--chips", "80", "--in-tests"]) == 0
+    told = capsys.readouterr()
+    assert f"{old} is nvcc 11.8.89, older than 12;" in told.out and told.err == ""
+
+
+def test_an_empty_cudacxx_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDACXX", raising=False)
+    compiler = nvcc()
+    monkeypatch.setenv("CUDACXX", "")
+    assert find_nvcc() == compiler

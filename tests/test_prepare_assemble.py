@@ -194,6 +194,24 @@ class TestDamage:
         assert len(copied) <= of_all - finished
 
 
+def test_shards_of_an_interrupted_run_of_more_inputs_go(tmp_path, monkeypatch):
+    a, b = (write(tmp_path / f"{name}.jsonl", texts(100, seed)) for seed, name in enumerate("ab"))
+    options = {"unit_bytes": 1000, "shard_bytes": 600}
+
+    def interrupt(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job_module, "write_corpora", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([a, b], tmp_path / "out", **options)
+    prepare([a], tmp_path / "wanted", **options)
+    unfinished = list((tmp_path / ".out.preparing" / "out").iterdir())
+    assert len(unfinished) > len(contents(tmp_path / "wanted"))
+    prepare([a], tmp_path / "out", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
+
+
 class TestChunked:
     def test_any_stretch(self, tmp_path):
         data = np.random.default_rng(0).bytes(2 * CHUNK_BYTES + 5)

@@ -185,6 +185,15 @@ class TestDamaged:
         path.write_bytes(PACK[suffix](LARGE)[:-9])
         assert [type(item) for item in read(path, documents="file", on_error="skip")] == [Problem]
 
+    @each_format
+    def test_a_plain_file_with_its_suffix(self, tmp_path, suffix):
+        path = tmp_path / f"a.txt{suffix}"
+        path.write_bytes(b"plain text, which nobody packed\n")
+        with pytest.raises(InputError, match=rf"a\.txt\{suffix}: got no \w+ data") as info:
+            read(path, documents="file")
+        assert "Get it again" in info.value.way_out
+        assert [item.place for item in read(path, on_error="skip")] == [f"a.txt{suffix}"]
+
     @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.zst", "a.txt.bz2", "a.parquet.gz"])
     def test_an_empty_file_is_cut_short(self, tmp_path, name):
         (tmp_path / name).write_bytes(b"")

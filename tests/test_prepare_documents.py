@@ -107,6 +107,9 @@ BAD_LINES = [
     pytest.param(
         b'{"body": "x", "id": 3}', "fields body, id; wanted text in field 'text'", id="field"
     ),
+    pytest.param(
+        b'{"\\ud800": 1, "%s": 2}' % (b"y" * 60), f"fields {'y' * 40}, \\ud800;", id="keys"
+    ),
     pytest.param(b"{}", "no field; wanted text in field 'text'", id="no field"),
     pytest.param(b'{"text": null}', "NoneType in field 'text'", id="null"),
     pytest.param(b'{"text": 3}', "int in field 'text'", id="number"),

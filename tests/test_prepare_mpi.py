@@ -102,6 +102,16 @@ def test_an_error_of_any_rank_is_told_once_and_what_is_done_is_kept(inputs, tmp_
     assert not (tmp_path / ".corpus.preparing").exists()
 
 
+def test_after_an_error_no_rank_begins_another_unit(inputs, tmp_path):
+    assert sum(path.stat().st_size for path in inputs.iterdir()) > 25 * 60_000
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": 3}\n')
+    finished = mpirun(bad, inputs, "--out", tmp_path / "corpus", ranks=2)
+    assert finished.returncode == 2
+    assert "bad.jsonl line 1" in finished.stderr
+    assert len(list((tmp_path / ".corpus.preparing").glob("parts/[!.]*"))) < 10
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

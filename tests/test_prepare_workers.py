@@ -42,6 +42,12 @@ def die(common, number, tick):
     os.kill(os.getpid(), common)
 
 
+def fail_or_wait(common, number, tick):
+    if number == 3:
+        raise InputError("file 3", got="b", wanted="c", way_out="D.")
+    time.sleep(0 if number else common)
+
+
 def wait_for_ever(common, number, tick):
     Path(common, f"{os.getpid()}").touch()
     time.sleep(600)
@@ -81,6 +87,14 @@ class TestTasks:
         with crew(2, ALONE) as members, pytest.raises(RuntimeError, match="in a worker") as caught:
             members.run(fail, {"at": 0, "error": KeyError("odd")}, range(2), print)
         assert 'raise common["error"]' in str(caught.value)
+
+    def test_nobody_waits_for_those_who_are_still_at_work(self):
+        """A packed file of many gigabytes is one task."""
+        started = time.monotonic()
+        with pytest.raises(InputError, match="file 3"), crew(2, ALONE) as members:
+            members.run(fail_or_wait, 60, range(9), print)
+        assert time.monotonic() - started < 50
+        assert multiprocessing.active_children() == []
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
     def test_a_worker_that_is_killed(self, number):

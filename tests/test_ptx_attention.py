@@ -16,7 +16,7 @@ from ptx.cases import DTYPES, HEAD_SIZES, LARGE, OUT_OF_REACH, cases, with_a_nam
 from ptx.machine import Program
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(nvcc() is None, reason="needs nvcc; there is none on PATH")
+pytestmark = pytest.mark.skipif(nvcc() is None, reason="needs nvcc 12, on PATH or in CUDACXX")
 
 TEMPLATE = {F32: "7Float32", BF16: "8BFloat16", F16: "7Float16"}
 
@@ -64,8 +64,8 @@ def assert_near_plain_pytorch(
 
 
 def assert_right_of_large_scores(found: dict[str, Tensor], case: Case) -> None:
-    """A weight is off by four roundings of the largest score (docs/numerics.md). Gradients of q and
-    k are nearly 0, and measured by the terms that they are sums of.
+    """A weight is off by four roundings of the largest score (docs/numerics.md). Most gradients of
+    q and k are nearly 0: what is left of terms that cancel, each off by its own rounding.
     """
     right, eps = right_of(case), torch.finfo(F32).eps
     peak, dtype = largest_score(case), found["out"].dtype
@@ -75,13 +75,17 @@ def assert_right_of_large_scores(found: dict[str, Tensor], case: Case) -> None:
     error = (found["lse"].double() - right["lse"]).abs()[live]
     assert (error <= 8 * eps * right["lse"][live].abs().clamp(min=1.0)).all()
     size = {name: x.abs().max().item() for name, x in case.floats.items()}
-    term = size["q_BNHD"] * size["k_BNHD"] * size["v_BNHD"] * case.masks["scale"]
     direction = output_gradient(found["out"]).abs().sum(dim=-1).max().item()
     for name in right.keys() - {"lse"}:
-        cancels = name.startswith(("dq", "dk"))
-        scale = term * direction if cancels else right[name].abs().max().item()
+        limit = tolerance * right[name].abs().max().item()
+        if name.startswith(("dq", "dk")):
+            kind = "_global_B" if "_global" in name else "_B"
+            other = next(x for x in size if x.startswith(("k" if name[1] == "q" else "q") + kind))
+            value = next(x for x in size if x.startswith("v" + kind))
+            term = case.masks["scale"] * size[other] * size[value] * direction
+            limit += 2 * torch.finfo(dtype).eps * term
         error = (found[name].double() - right[name]).abs().max()
-        assert error <= tolerance * scale, name
+        assert error <= limit, f"{name}: off by {error:.3g}, the limit is {limit:.3g}"
 
 
 def largest_score(case: Case) -> float:

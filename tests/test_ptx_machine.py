@@ -15,7 +15,7 @@ from ptx.build import ROOT, compile_sources, nvcc
 from ptx.machine import Launch, Program
 from ptx.parse import PtxError
 
-pytestmark = pytest.mark.skipif(nvcc() is None, reason="needs nvcc; there is none on PATH")
+pytestmark = pytest.mark.skipif(nvcc() is None, reason="needs nvcc 12, on PATH or in CUDACXX")
 
 MICRO = Path(__file__).parent / "ptx" / "micro.cu"
 RANDOM = np.random.default_rng(0)

@@ -17,7 +17,7 @@ from ptx.parse import PtxError
 
 from longpretrain.attention import AttentionPattern
 
-pytestmark = pytest.mark.skipif(nvcc() is None, reason="needs nvcc; there is none on PATH")
+pytestmark = pytest.mark.skipif(nvcc() is None, reason="needs nvcc 12, on PATH or in CUDACXX")
 
 BF16_MMA, F16_MMA = (f"m16n8k16.row.col.f32.{kind}.{kind}.f32" for kind in ("bf16", "f16"))
 PLAIN, TRANSPOSED = "ldmatrix.sync.aligned.m8n8.x4.shared", "ldmatrix.sync.aligned.m8n8.x4.trans"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ptx.build import KEPT, code_of, nvcc, of_one_kind, ptx_of
 
-pytestmark = pytest.mark.skipif(nvcc() is None, reason="needs nvcc; there is none on PATH")
+pytestmark = pytest.mark.skipif(nvcc() is None, reason="needs nvcc 12, on PATH or in CUDACXX")
 
 
 @pytest.mark.parametrize("name", ["prepare", "forward", "backward_keys", "global_rows"])

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from longpretrain.errors import InputError
+from longpretrain.evaluate.held_out import HeldOut
 from longpretrain.recipe import load_recipe
 from longpretrain.tasks.masked_lm import MaskedLMTask, Sample
 
@@ -149,6 +151,14 @@ class TestPacked:
             assert abs(float(task.loss(model, without).detach() - loss.detach())) > 1e-4, name
         grads = [p.grad for p in model.parameters() if p.requires_grad]
         assert all(grad is not None and torch.isfinite(grad).all() for grad in grads)
+
+    def test_held_out_text_is_not_packed(self, make_task) -> None:
+        """A packed run is scored by document (training.py); HeldOut knows no other way."""
+        task = make_task("data.blocks=packed")
+        with pytest.raises(
+            InputError, match=r"blocks of held-out text: got packed; .*Say document"
+        ):
+            HeldOut(task.corpus, task.tokenizer, max_tokens=100, blocks="packed")
 
     def test_fairseq_carries_it(self, make_task) -> None:
         """Its micro-batch holds what the loss reads, documents and positions included."""

@@ -5,6 +5,7 @@ Letters: B batch row, N query, H head, D number of a head.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 
@@ -73,15 +74,18 @@ def _check_name(backend: str) -> None:
 
 
 def _as_device(device: torch.device | str | None) -> torch.device:
-    try:
-        return torch.device("cpu" if device is None else device)
-    except (RuntimeError, TypeError):
+    found = None
+    with contextlib.suppress(RuntimeError, TypeError):
+        found = torch.device("cpu" if device is None else device)
+    # Of a number torch keeps eight bits: cuda:256 would be cuda:0.
+    if found is None or (isinstance(device, str) and str(found) != device):
         raise InputError(
             "device",
             got=repr(device),
             wanted="a torch.device or its name, such as cuda:1",
             way_out="Leave it out for the CPU.",
-        ) from None
+        )
+    return found
 
 
 def _call_beyond(q_BNHD: Tensor) -> str | None:

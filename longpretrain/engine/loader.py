@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from longpretrain.config import Config
 from longpretrain.engine.signals import STOP_SIGNALS
 from longpretrain.engine.task import Batch, Task
+from longpretrain.errors import InputError
 from longpretrain.ranks import Ranks
 from longpretrain.schedule import update_numbers
 
@@ -167,7 +168,8 @@ class _Workers:
         answer = self._next()
         self._step = step + 1
         if isinstance(answer, _Failed):
-            raise answer.error()
+            error = answer.error()
+            raise error
         return answer.batches()
 
     def start(self, step: int) -> None:
@@ -222,9 +224,12 @@ class _Workers:
             if not codes:
                 raise
             ends = ", ".join(f"signal {-code}" if code < 0 else f"code {code}" for code in codes)
-            raise RuntimeError(
-                f"loader worker: got an end by {ends}; wanted a batch. Signal 9 often means that "
-                "memory ran out: lower data.loader_workers, which changes no sample."
+            raise InputError(
+                "loader worker",
+                got=f"an end by {ends}",
+                wanted="a batch",
+                way_out="Signal 9 or 7 often means that memory ran out, or room in /dev/shm: lower "
+                "data.loader_workers, which changes no sample.",
             ) from error
 
 

@@ -15,13 +15,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from longpretrain.prepare.memory import trim
 from longpretrain.prepare.unusable import SKIP, UnusableError
 
 _REPLACEMENT = "\ufffd"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# A string of JSON, if it is one; and so much of its inside that no escape is cut in two.
-_STRING = re.compile(rb'"((?:[^"\\]++|\\.)*+)"')
+# A string of JSON; one that does not end is taken too, lest each quote in it is tried in turn.
+_STRING = re.compile(rb'"((?:[^"\\]++|\\.)*+)("?)')
 _COLON = re.compile(rb"\s*:")  # after a key
+# So much of the inside of a string that no escape is cut in two.
 _UNITS = re.compile(rb"(?:[^\\]{1,4096}+|\\u.{4}|\\[^u]){1,256}+", re.DOTALL)
 _HIGH_AND_LOW = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..")
 
@@ -47,9 +49,10 @@ def decode(data: Bytes, offset: int, *, mend: bool) -> Text:
     Raises:
         UnusableError: something is wrong.
     """
-    if len(data) > _LARGE_BYTES:
+    if len(data) > _LARGE_BYTES and not isinstance(data, memoryview):
         text, mended = _decode_large(data, offset, mend=mend)
-    else:
+        trim()
+    else:  # also of memory that cannot be let go of
         text, mended = _decode_small(data, offset, mend=mend)
     if (at := text.find("\0")) >= 0:
         if not mend:
@@ -83,6 +86,7 @@ def text_of_json(line: bytes | bytearray, offset: int, field: str, *, mend: bool
     """
     if len(line) > _LARGE_BYTES:
         text, mended = _text_of_large_json(line, offset, field, mend=mend)
+        trim()
     else:
         whole, mended = decode(line, offset, mend=mend)
         text = _in_field(_parse(whole), field)
@@ -144,7 +148,8 @@ def _text_of_large_json(line: bytes | bytearray, offset: int, field: str, *, men
     lifted: dict[str, bytes] = {}
 
     def lift(match: re.Match[bytes]) -> bytes:
-        if match.end() - match.start() < _LIFT_BYTES or _COLON.match(line, match.end()):
+        is_small = match.end() - match.start() < _LIFT_BYTES
+        if is_small or not match[2] or _COLON.match(line, match.end()):
             return match[0]
         name = f"{mark}-{len(lifted)}"
         lifted[name] = match[1]
@@ -190,7 +195,8 @@ def _in_field(entry: Any, field: str) -> str:
     text = entry.get(field)
     if isinstance(text, str):
         return text
-    keys = f"fields {', '.join(sorted(entry)[:8])}" if entry else "no field"
+    shown = (key[:40].encode("utf-8", "backslashreplace").decode() for key in sorted(entry)[:8])
+    keys = f"fields {', '.join(shown)}" if entry else "no field"
     got = f"{type(text).__name__} in field {field!r}" if field in entry else keys
     raise UnusableError(got, f"text in field {field!r}", _MEND)
 

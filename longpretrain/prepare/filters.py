@@ -11,6 +11,7 @@ They see a document in the order text, tokens, duplicates.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,7 @@ EXAMPLE_CHARS = 80
 
 _NAMES = "unicode=nfc, unicode=nfkc, min_tokens=N, max_tokens=N or deduplicate"
 _PART_CHARS = 1 << 20
+_ASCII = re.compile("[\0-\x7f]")
 
 
 @dataclass(frozen=True)
@@ -202,8 +204,8 @@ def _normal_parts(text: str, form: Literal["NFC", "NFKC"]) -> Iterator[str]:
     start = 0
     while start < len(text):
         end = start + _PART_CHARS
-        while end < len(text) and text[end] > "\x7f":
-            end += 1
+        found = _ASCII.search(text, end)
+        end = found.start() if found else len(text)
         yield unicodedata.normalize(form, text[start:end])
         start = end
 

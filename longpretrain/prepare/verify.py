@@ -164,6 +164,8 @@ def _check_sources(folder: Path, manifest: Manifest) -> str:
                 "the manifest as it was written",
                 _ANEW,
             )
+    if not manifest.inputs_digest:  # not written by `prepare`
+        return "without a digest to hold them against"
     found = inputs_digest(
         read_json_object(folder / MANIFEST)["version"],
         manifest.tokenizer_fingerprint,

@@ -77,7 +77,8 @@ def find_place(workers: int) -> Ranks:
     """
     if workers < 1:
         raise InputError("workers", got=workers, wanted="1 or more", way_out="Set --workers.")
-    place = discover()
+    # MPI finds the others itself: no address has to be known, as for torch.
+    place = discover({"MASTER_ADDR": "127.0.0.1", **os.environ})
     if place.world_size == 1:
         return place
     try:

@@ -29,6 +29,8 @@ CHIPS = (80, 86, 89, 90)
 PTX_FOR_LATER = 90
 """PTX of this version is in the library, for chips that came after it."""
 LATER_CHIPS = (100, 120)
+OLDEST_NVCC = 12
+"""As in CMakeLists.txt: older ones know no C++20."""
 
 FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", f"-I{CSRC}")
 # Lines for the PTX interpreter's messages, and objects for its shared library. Neither changes an
@@ -62,8 +64,8 @@ class Toolchain:
 
 
 def find_nvcc() -> Nvcc:
-    """Raises NoNvccError where there is none."""
-    named = os.environ.get("CUDACXX", "nvcc")
+    """Raises NoNvccError where there is none, or one that is too old to build the library."""
+    named = os.environ.get("CUDACXX") or "nvcc"
     found = shutil.which(named)
     if found is None and named != "nvcc":
         raise ToolError(f"CUDACXX: got {named}, which is no program, wanted an nvcc")
@@ -71,7 +73,13 @@ def find_nvcc() -> Nvcc:
         raise NoNvccError(
             "there is no nvcc on PATH or in CUDACXX; install the CUDA toolkit 13.0 or newer"
         )
-    return Nvcc(Path(found), _version(Path(found)))
+    nvcc = Nvcc(Path(found), _version(Path(found)))
+    if int(nvcc.version.partition(".")[0]) < OLDEST_NVCC:
+        raise NoNvccError(
+            f"{found} is nvcc {nvcc.version}, older than {OLDEST_NVCC}; install the CUDA toolkit "
+            "13.0 or newer"
+        )
+    return nvcc
 
 
 def find_toolchain() -> Toolchain:

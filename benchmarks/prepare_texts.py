@@ -56,7 +56,9 @@ def endless(texts: Sequence[str], seed: int = 1) -> Iterator[str]:
         draw.shuffle(order)
 
 
-def write_jsonl(path: Path, texts: Sequence[str], size: int, *, long_line: int = 0) -> list[str]:
+def write_jsonl(
+    path: Path, texts: Sequence[str], size: int, *, long_line: int = 0, start: str = ""
+) -> None:
     """Writes lines until the file has ``size`` bytes, or all texts once if size is 0.
 
     Args:
@@ -64,20 +66,17 @@ def write_jsonl(path: Path, texts: Sequence[str], size: int, *, long_line: int =
         texts: the documents, repeated as needed.
         size: in bytes.
         long_line: bytes of a line that is written first, one document; 0: none.
-
-    Returns:
-        The documents of a file that holds each text once; of a larger one nothing, to save memory.
+        start: what that document begins with.
     """
     source = iter(texts) if not size else endless(texts)
     written = 0
     with path.open("wb", buffering=1 << 20) as file:
         if long_line:
-            written += file.write(_long_line(texts, long_line))
+            written += file.write(long_document(texts, long_line, start))
         for text in source:
             written += file.write(_line(text))
             if size and written >= size:
                 break
-    return [] if size else list(texts)
 
 
 def write_lines(path: Path, documents: Sequence[str]) -> None:
@@ -99,9 +98,9 @@ def _line(text: str) -> bytes:
     return json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
 
 
-def _long_line(texts: Sequence[str], size: int) -> bytes:
-    """One document, whose line has at most ``size`` bytes and nearly as many."""
-    parts, length = [], len(_line(""))
+def long_document(texts: Sequence[str], size: int, start: str = "") -> bytes:
+    """The line of one document: at most ``size`` bytes, and at most one text fewer."""
+    parts, length = [start], len(_line(start))
     for text in endless(texts):
         part = text + "\n\n"
         length += len(_line(part)) - len(_line(""))
