@@ -25,6 +25,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from machine import HERE, describe_machine, versions
 from prepare_measure import (
     FULL,
     QUICK,
-    as_settings,
     measure_blocks,
     measure_memory,
     measure_round_trip,
@@ -104,7 +104,7 @@ def measure(options: argparse.Namespace, speeches: Sequence[str]) -> dict[str, A
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(),
         "versions": versions() | peer_versions(options.peers),
-        "settings": {"quick": options.quick, "only": list(options.only)} | as_settings(sizes),
+        "settings": {"quick": options.quick, "only": list(options.only)} | asdict(sizes),
         "method": METHOD,
         "not_measured": [],
     }

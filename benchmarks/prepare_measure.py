@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ LIMIT = 64 << 20
 """Bytes that a document may have unless more are allowed."""
 WIDE = "\N{ROCKET}"
 BLOCK_TOKENS = 4096
+INPUT, SMALL = "in.jsonl", "one.jsonl"
 SHORTEST_S = 0.5
 """Of work that a rate is computed from."""
 Row = dict[str, Any]
@@ -70,8 +70,8 @@ def measure_speed(
     Returns:
         A row for each form and program, and what was not measured.
     """
-    peers: list[Peer] = []
     missing = [why for why in (Fairseq.why_not(), Datasets.why_not(packages)) if why]
+    peers: list[Peer] = []
     if not Fairseq.why_not():
         peers.append(Fairseq(folder / "fairseq"))
     if not Datasets.why_not(packages):
@@ -79,30 +79,17 @@ def measure_speed(
     rows = []
     for form in FORMS:
         documents = in_form(speeches, form)
-        source, small, out = folder / "in.jsonl", folder / "one.jsonl", folder / "out"
-        write_jsonl(source, documents, sizes.speed_mb * MB)
-        write_jsonl(small, documents[:1], 0)
-        parts = {peer.name: share(documents, sizes.peer_mb * MB) for peer in peers}
         samples: dict[str, list[Row]] = {}
-
-        def take(name: str, into: dict[str, list[Row]], tokens: int, ran: Any) -> None:
-            row = {"tokens": tokens, "wall_s": ran.wall_s, "cpu_s": ran.cpu_s}
-            into.setdefault(name, []).append(row)
-
+        write_jsonl(folder / INPUT, documents, sizes.speed_mb * MB)
+        write_jsonl(folder / SMALL, documents[:1], 0)
         for number in range(sizes.rounds):
             say(f"speed: {form}, round {number + 1} of {sizes.rounds}")
-            for workers in (1, 2):
-                for name, path in ((f"ours {workers}", source), (f"ours {workers} start", small)):
-                    ran, manifest = ours(path, out, folder, workers)
-                    take(name, samples, manifest.tokens, ran)
+            for name, row in _runs_of_ours(folder):
+                samples.setdefault(name, []).append(row)
             for peer in list(peers):
                 try:
-                    for name, given in (
-                        (peer.name, parts[peer.name]),
-                        (f"{peer.name} start", documents[:1]),
-                    ):
-                        done = peer.run(given)
-                        take(name, samples, done.tokens, done)
+                    for name, row in _runs_of_peer(peer, documents, sizes.peer_mb * MB):
+                        samples.setdefault(name, []).append(row)
                 except (FailedError, DifferentError) as error:
                     missing.append(f"{peer.name}: {error}")
                     peers.remove(peer)
@@ -113,6 +100,23 @@ def measure_speed(
             if f"{name} start" in samples
         ]
     return rows, missing
+
+
+def _runs_of_ours(folder: Path) -> Iterator[tuple[str, Row]]:
+    """With 1 and 2 workers, of all the input and of one document."""
+    for workers in (1, 2):
+        for name, source in ((f"ours {workers}", INPUT), (f"ours {workers} start", SMALL)):
+            ran, manifest = ours(folder / source, folder / "out", folder, workers)
+            yield name, {"tokens": manifest.tokens, "wall_s": ran.wall_s, "cpu_s": ran.cpu_s}
+
+
+def _runs_of_peer(peer: Peer, documents: Sequence[str], size: int) -> Iterator[tuple[str, Row]]:
+    """Of a share of the documents, and of one."""
+    for name, given in (
+        (peer.name, share(documents, size)),
+        (f"{peer.name} start", documents[:1]),
+    ):
+        yield name, asdict(peer.run(given))
 
 
 def speed_row(name: str, runs: Sequence[Row], starts: Sequence[Row]) -> Row:
@@ -213,8 +217,3 @@ def measure_blocks(folder: Path, sizes: Sizes, say: Callable[[str], None]) -> Ro
         found[policy] = blocks.in_a_process("--folder", folder, "--row", policy, "all")
     shutil.rmtree(corpus)
     return found
-
-
-def as_settings(sizes: Sizes) -> Row:
-    """For the results."""
-    return json.loads(json.dumps(asdict(sizes)))

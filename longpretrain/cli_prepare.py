@@ -139,7 +139,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _prepare(options: argparse.Namespace) -> int:
     from longpretrain.prepare import prepare
-    from longpretrain.prepare.workers import find_place
+    from longpretrain.prepare.rank_crew import find_place
 
     place = find_place(options.workers)
 

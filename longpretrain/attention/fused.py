@@ -135,7 +135,7 @@ def sliding_attention(
             ``global_index_BG`` and ``document_BN`` are looked at on the CPU only. Also for
             forward-mode and second derivatives, which the reference backend alone has.
         torch.OutOfMemoryError: where results, gradients or scratch memory find no room; from the
-            fused backend on the CPU too.
+            fused backend on the CPU too. What torch.compile has compiled raises a RuntimeError.
     """
     floats: Floats = (q_BNHD, k_BNHD, v_BNHD, q_global_BGHD, k_global_BNHD, v_global_BNHD)
     masks: Masks = (padding_BN, document_BN, global_index_BG, dropout_seed_B)

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from longpretrain.data.manifest import SHARD_BYTES, Manifest
 from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
-from longpretrain.prepare import workers as crews
+from longpretrain.prepare import rank_crew
 from longpretrain.prepare.assemble import assemble
 from longpretrain.prepare.corpora import Corpora, need_text, write_corpora
 from longpretrain.prepare.documents import OnError, ReadOptions
@@ -46,6 +46,7 @@ from longpretrain.prepare.spool import spool
 from longpretrain.prepare.task_list import write_tasks
 from longpretrain.prepare.units import UNIT_BYTES, plan_units
 from longpretrain.prepare.work_folder import WorkFolder, open_work, refuse_foreign, work_path
+from longpretrain.prepare.workers import Crew
 from longpretrain.ranks import Ranks
 
 Progress = Callable[[int, int], None]
@@ -110,11 +111,11 @@ def prepare(
             parts are kept, and a second run takes them up; without any, nothing is left behind.
         ElsewhereError: at a rank other than 0, which tells the error.
     """
-    place = place or crews.find_place(workers)
+    place = place or rank_crew.find_place(workers)
     if not place.is_first:
-        return crews.serve()  # type: ignore[no-any-return]  # what rank 0's crew is given below
+        return rank_crew.serve()  # type: ignore[no-any-return]  # what rank 0's crew is given below
     read = ReadOptions(documents, field, max_document_bytes, on_error)
-    with crews.crew(workers, place) as crew:
+    with rank_crew.crew(workers, place) as crew:
         job = _Job(
             out=Path(out).resolve(), crew=crew, workers=workers, read=read, progress=progress,
             say=say, unit_bytes=unit_bytes,
@@ -147,7 +148,7 @@ class _Job:
     """One preparation, at rank 0."""
 
     out: Path
-    crew: crews.Crew
+    crew: Crew
     workers: int
     read: ReadOptions
     progress: Progress | None

@@ -18,7 +18,17 @@ from attention_cases import Case, make_case
 from emulation.library import emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import F32, check, check_cancelled, each_dtype, in_16_bits, some_of_all
+from kernel_cases import (
+    EPS,
+    F32,
+    F64,
+    LIMIT,
+    check,
+    check_cancelled,
+    each_dtype,
+    in_16_bits,
+    some_of_all,
+)
 from operator_cases import LAYOUTS, laid_out, operator_cases
 from test_attention_bits import test_dropped_weights_are_those_of_the_reference as check_dropout
 from test_attention_fused import assert_same_bits
@@ -90,6 +100,23 @@ def test_error_in_16_bits(
 @pytest.mark.parametrize("size", [1e4, 2e9, -3e9, 1e25, -2e37])
 def test_scores_of_any_size(size: float) -> None:
     check_scores(size)
+
+
+@pytest.mark.parametrize("size", [1e6, 1e7, -1e7])
+def test_large_scores_that_differ_by_little(size: float) -> None:
+    """Products are exact; scaled, they would be rounded by up to half of a step between them. Rows
+    of global tokens have keys in three chunks, to be brought to one greatest score.
+    """
+    case = make_case(BOTH, head_size=32, keys=300, slots=20, dtype=F32)
+    for name, x in case.floats.items():
+        if name.startswith(("q", "k")):
+            number = 4.0 if name.startswith("q") else size - torch.randint(8, x.shape[:3])
+            with torch.no_grad():
+                x.zero_()[..., 0] = number
+    out, lse = case.forward("fused")
+    right, right_lse = case.to(F64).forward("reference")
+    assert (out - right).abs().max() <= LIMIT
+    assert ((lse - right_lse).abs() <= 4 * EPS * right_lse.abs()).all()
 
 
 @each_dtype
