@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -146,7 +147,7 @@ def _prepare(options: argparse.Namespace) -> int:
     def say(text: str) -> None:
         print(f"longpretrain prepare: {text}", file=sys.stderr)
 
-    with bar("prepare") as progress:
+    with bar("prepare") if place.is_first else contextlib.nullcontext() as progress:
         manifest = prepare(
             options.inputs,
             options.out,
@@ -219,7 +220,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _draw(out: Path, folder: Path, found: Iterable[Contents]) -> None:
     """A corpus' contents for the report, which knows plain numbers and texts alone."""
-    from longpretrain.prepare.inspect import facts, filter_text, printable
+    from longpretrain.prepare.inspect import examples, facts, filter_text, problems
     from longpretrain.report.corpus import CorpusSection, draw_corpora
 
     sections = [
@@ -230,12 +231,8 @@ def _draw(out: Path, folder: Path, found: Iterable[Contents]) -> None:
             tokens=one.lengths.tokens,
             facts=facts(one),
             filters=[(report["name"], filter_text(report)) for report in one.manifest.filters],
-            examples=[
-                (report["name"], example["place"], printable(example["text"]))
-                for report in one.manifest.filters
-                for example in report["examples"]
-            ],
-            problems=[(entry["place"], entry["reason"]) for entry in one.manifest.first_problems],
+            examples=examples(one.manifest),
+            problems=problems(one.manifest),
             samples=[
                 (f"{sample.number:,} ({sample.tokens:,} tokens)", sample.text)
                 for sample in one.samples

@@ -116,6 +116,7 @@ def test_what_is_kept_is_said_and_restart_throws_it_away(place, capsys, monkeypa
         (["in"], "--out: got nothing; wanted a value"),
         (["--out", "out"], "INPUT: got nothing"),
         (["in", "--out", "out", "--valid", "2"], "valid: got 2; wanted a share"),
+        (["-", "--out", "/"], "out /: got the root of all folders"),
         (["in", "--out", "out", "--filter", "lower"], "filter lower: got 'lower'; wanted unicode"),
         (["in", "--out", "out", "--on-error", "ignore"], "--on-error: got 'ignore'; wanted one of"),
         (["in", "--out", "out", "--max-document-mb", "0"], "--max-document-mb: got 0; wanted 1"),

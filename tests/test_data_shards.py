@@ -285,7 +285,11 @@ class TestDamage:
             (["sources"], ["a"], "a str for a SourceRecord"),
             (["sources"], [SOURCE | {"pieces": [PIECE | {"end": 4}]}], "pieces of 'a' that do not"),
             (["sources"], [SOURCE | {"pieces": [PIECE | {"start": 1}]}], "pieces of 'a' that do"),
-            (["sources"], [SOURCE | {"pieces": [{"start": 0}]}], "keys .'start'. for a PieceRec"),
+            (
+                ["sources"],
+                [SOURCE | {"pieces": [{"start": 0}]}],
+                "['start'] for a PieceRecord",
+            ),
             (["filters"], [3], "a int for an object"),
             (["first_problems"], ["a"], "a str for an object"),
             (["extra"], 3, "for a Manifest"),

@@ -93,7 +93,7 @@ class TestCorpus:
     def test_only_the_first_of_equal_documents_stays(self, tmp_path):
         own = texts(200)
         mixed = [*own[:150], *own[20:60], *own[150:], own[0], own[0]]
-        source = write(tmp_path / "a.jsonl", mixed)
+        source = write(tmp_path / "a\r.jsonl", mixed)
         whole = prepare(
             [source], tmp_path / "out", filters=["deduplicate"], unit_bytes=700, shard_bytes=900
         )
@@ -106,7 +106,7 @@ class TestCorpus:
         dropped = [*own[20:60], own[0], own[0]]
         assert report["tokens_dropped"] == sum(len(tokenizer.encode(text)) for text in dropped)
         assert [example["text"] for example in report["examples"]] == [t[:80] for t in own[20:23]]
-        assert report["examples"][0]["place"].startswith("a.jsonl line ")
+        assert report["examples"][0]["place"].startswith("a\r.jsonl line ")
 
     def test_a_file_of_many_pieces_is_known_again(self, tmp_path):
         source = write(tmp_path / "a.jsonl", texts(100))

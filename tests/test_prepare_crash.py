@@ -31,9 +31,7 @@ OPTIONS = {
 # Prepares, and prints each step of its progress: standard output says how far it is.
 SCRIPT = """
 import json, signal, sys
-from longpretrain.cli import main
-from longpretrain import prepare
-import longpretrain.prepare.job as job
+from longpretrain.prepare import prepare
 
 if __name__ == "__main__":
     inputs, out, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
@@ -44,7 +42,7 @@ if __name__ == "__main__":
     def end(number, frame):
         raise SystemExit(128 + number)
     signal.signal(signal.SIGTERM, end)
-    job.prepare([inputs], out, progress=progress, say=say, **options)
+    prepare([inputs], out, progress=progress, say=say, **options)
     print("done", flush=True)
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 
@@ -134,6 +135,24 @@ class TestText:
     def test_nothing_in_a_text_reaches_the_terminal_as_a_command(self):
         assert printable("red \x1b[31m\n\t\x9b text\u202e") == r"red \u{1b}[31m \u{9b} text\u{202e}"
         assert printable("caf\u00e9 \N{ROCKET}") == "caf\u00e9 \N{ROCKET}"
+
+    def test_nor_does_anything_in_a_name(self, tmp_path):
+        source = tmp_path / "a\x1b[2J.jsonl"
+        source.write_bytes(lines({"text": "peace and trade"}, {"text": "one"}, {"text": 1}))
+        prepare([source], tmp_path / "out", on_error="skip", filters=["min_tokens=2"])
+        text = inspect_text(inspect(tmp_path / "out"))
+        assert "\x1b" not in text
+        assert text.count(r"a\u{1b}[2J.jsonl") == 3  # a source, an example, a problem
+
+    @pytest.mark.parametrize("change", [{"filters": [{"name": "x"}]}, {"first_problems": [{}]}])
+    def test_a_manifest_that_was_edited(self, made, change):
+        path = made / "train" / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        if "filters" in change:
+            with pytest.raises(InputError, match="counts of the filter x"):
+                inspect(made)
+        else:
+            assert "problem: None: None" in inspect_text(inspect(made))
 
 
 class TestTokenizer:

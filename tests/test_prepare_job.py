@@ -270,6 +270,15 @@ class TestAgain:
             "manifest.json", "tokens-00000.bin", "tokens-00000.idx",
         ]  # fmt: skip
 
+    def test_an_output_among_its_inputs(self, tmp_path):
+        """What it lists as problems is no text to prepare."""
+        folder = tmp_path / "in"
+        folder.mkdir()
+        (folder / "a.jsonl").write_text('{"text": "one"}\n{\n')
+        first = prepare([folder], folder / "out", on_error="skip")
+        assert (folder / "out" / "problems.jsonl").exists()
+        assert prepare([folder], folder / "out", on_error="skip") == first
+
     def test_a_corpus_of_the_version_before_is_refused_and_readable(self, text, out):
         manifest = prepare([text], out)
         path = out / "manifest.json"

@@ -191,7 +191,7 @@ class TestWhatIsWrong:
     def test_nothing_but_problems(self, tmp_path, out):
         (tmp_path / "a.jsonl").write_bytes(b"{\n" + line(""))
         with pytest.raises(
-            InputError, match=r"got no text \(1 empty documents, 1 left out for what"
+            InputError, match=r"got no text \(1 empty documents, 1 left out, the first at a"
         ):
             prepare([tmp_path / "a.jsonl"], out, on_error="skip")
         (tmp_path / "a.jsonl").write_bytes(line("one two"))

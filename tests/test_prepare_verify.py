@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from prepare_inputs import lines
 from small_run import write_text
+from tokenizers import models, normalizers
 from told import check_form, exit_code
 
 from longpretrain.data import Corpus
@@ -90,7 +93,7 @@ class TestWhole:
         assert text.count(": whole") == 2
         assert text.count("23 problems: problems.jsonl lists them all") == 2
         assert text.count("the counts of unicode=nfc, min_tokens=2, deduplicate add up") == 2
-        assert text.endswith(f"{split}: no document of valid/ is in train/")
+        assert text.endswith(f"{split}: no document of valid/ with the tokens of one in train/")
         assert verify(split / "train").count(": whole") == 1
 
     def test_tells_how_far_it_is(self, plain):
@@ -127,7 +130,27 @@ class TestWhole:
             source.write_bytes(lines(*({"text": text} for text in texts)))
             prepare([source], tmp_path / "data" / name)
         # Of two equal documents one is counted: the other is a duplicate within valid/.
-        assert "data: 1 documents of valid/ with the tokens of one" in verify(tmp_path / "data")
+        assert "data: 1 distinct documents of valid/ with the tokens of one" in verify(
+            tmp_path / "data"
+        )
+
+    def test_a_tokenizer_that_makes_the_same_tokens_of_different_texts(self, tmp_path):
+        """Sides are told apart by text: both may hold the same tokens, and nothing is wrong."""
+        tokenizer = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "peace": 1}, "[UNK]"))
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.add_special_tokens(["[UNK]", "[CLS]", "[SEP]"])
+        (tmp_path / "tokenizer").mkdir()
+        tokenizer.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+        texts = ["".join(draw) for draw in itertools.product("pP", "eE", "aA", "cC", "eE")]
+        (tmp_path / "in.jsonl").write_bytes(lines(*({"text": text} for text in texts)))
+        prepare(
+            [tmp_path / "in.jsonl"], tmp_path / "out", valid="1/2", filters=["deduplicate"],
+            tokenizer_folder=tmp_path / "tokenizer",
+        )  # fmt: skip
+        valid = len(Corpus.open(tmp_path / "out" / "valid"))
+        assert 0 < valid < len(texts)
+        said = "1 distinct documents of valid/ with the tokens of one in train/"
+        assert verify(tmp_path / "out").endswith(said)
 
 
 class TestDamage:
@@ -239,7 +262,7 @@ class TestDamage:
         first = next(d for d in range(len(other) - 1) if other[d + 1] - other[d] == starts[1])
         leaked = ids[other[first] : other[first + 1]].tobytes()
         replace_file(folder / "valid", 0, "bin", leaked + data[len(leaked) :])
-        self.refused(folder, r"got 1 documents of valid/ that are in train/ too")
+        self.refused(folder, r"got 1 distinct documents of valid/ with the tokens of one in train/")
 
     def test_sides_of_two_preparations(self, copy, split, plain):
         folder = copy(split)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import resource
 import socket
 import subprocess
@@ -73,7 +74,7 @@ class TestOneWriter:
         (path / "lock").write_text("elsewhere, process 1, since yesterday\n")
         with open_work(tmp_path / "out", restart=False, say=nothing) as work:
             assert work.path == path
-            assert f"process {__import__('os').getpid()}," in (path / "lock").read_text()
+            assert f"process {os.getpid()}," in (path / "lock").read_text()
             with (
                 pytest.raises(InputError, match="another prepare at work"),
                 open_work(tmp_path / "out", restart=False, say=nothing),

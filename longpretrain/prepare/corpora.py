@@ -23,7 +23,6 @@ from longpretrain.prepare.filters import FilterReport
 from longpretrain.prepare.finished import combined
 from longpretrain.prepare.inputs import InputFile
 from longpretrain.prepare.parts import PartRecord, Work
-from longpretrain.prepare.settings import Settings
 from longpretrain.prepare.units import Unit
 
 _SHOWN_PROBLEMS = 20
@@ -38,14 +37,15 @@ class Corpora:
     filters: Sequence[FilterReport]
 
 
-def need_text(parts: Sequence[PartRecord], files: Sequence[InputFile], settings: Settings) -> None:
+def need_text(work: Work, parts: Sequence[PartRecord], files: Sequence[InputFile]) -> None:
     """Refuses a corpus without documents.
 
     Raises:
         InputError: says what became of them.
     """
     counts = {
-        name: sum(part.splits[name].documents for part in parts) for name in settings.split.names
+        name: sum(part.splits[name].documents for part in parts)
+        for name in work.settings.split.names
     }
     if all(counts.values()):
         return
@@ -60,7 +60,8 @@ def need_text(parts: Sequence[PartRecord], files: Sequence[InputFile], settings:
     became = [f"{sum(part.empty_documents for part in parts)} empty documents"]
     problems = sum(part.problems for part in parts)
     if problems:
-        became.append(f"{problems} left out for what is wrong with them")
+        first = json.loads(next(_problems(work, parts)))
+        became.append(f"{problems} left out, the first at {first['place']}: {first['reason']}")
     dropped = sum(report["dropped"] for part in parts for report in part.filters)
     if dropped:
         became.append(f"{dropped} dropped by filters")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from longpretrain.data.manifest import MANIFEST, PROBLEMS
 from longpretrain.errors import InputError
 
 Kind = Literal["txt", "jsonl", "parquet"]
@@ -141,11 +142,15 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """What lies below a folder, but for hidden files and folders, which are not entered either."""
+    """What lies below a folder, but for hidden files and folders, which are not entered either.
+
+    The list of problems in a corpus is left out, too: the output may lie among the inputs.
+    """
     # Path.rglob would leave out, without a word, what it may not read.
     for folder, folders, names in os.walk(root, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
+        ours = {PROBLEMS} if MANIFEST in names else set()
+        yield from (Path(folder, name) for name in {*names} - ours if not name.startswith("."))
 
 
 def _input_file(path: Path, name: str) -> InputFile:

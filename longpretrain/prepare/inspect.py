@@ -17,7 +17,7 @@ from longpretrain.data.hashing import hash64
 from longpretrain.data.manifest import PROBLEMS, Manifest
 from longpretrain.data.shards import Corpus
 from longpretrain.data.tokenizer import Tokenizer, load_tokenizer
-from longpretrain.prepare.verify import corpus_folders
+from longpretrain.prepare.verify import check_filters, corpus_folders
 
 SAMPLES = 3
 SAMPLE_TOKENS = 120
@@ -83,6 +83,7 @@ def inspect(folder: Path | str, *, tokenizer: Path | None = None) -> list[Conten
     found = []
     for path in corpus_folders(Path(folder)):
         corpus = Corpus.open(path)
+        check_filters(path, corpus.manifest)
         decoder = load_tokenizer(tokenizer)
         why = ""
         if tokenizer is not None:
@@ -137,10 +138,11 @@ def _lines(contents: Contents) -> Iterator[str]:
         yield f"  {name:11}{value}"
     for report in manifest.filters:
         yield f"  filter {report['name']}: {filter_text(report)}"
-        for example in report["examples"]:
-            yield f"    {example['place']}: {printable(example['text'])}"
-    for problem in manifest.first_problems[:_SHOWN_PROBLEMS]:
-        yield f"  problem: {problem['place']}: {problem['reason']}"
+        for name, place, text in examples(manifest):
+            if name == report["name"]:
+                yield f"    {place}: {text}"
+    for place, reason in problems(manifest)[:_SHOWN_PROBLEMS]:
+        yield f"  problem: {place}: {reason}"
     if manifest.problems > _SHOWN_PROBLEMS:
         yield f"  and {manifest.problems - _SHOWN_PROBLEMS:,} more, in {PROBLEMS}"
     yield ""
@@ -163,9 +165,11 @@ def facts(contents: Contents) -> dict[str, str]:
     found = {
         "shards": f"{len(manifest.shards):,} of {manifest.dtype}, {size:,} bytes",
         "tokenizer": f"{manifest.tokenizer_fingerprint[:12]}, {manifest.vocab_size:,} ids",
-        "sources": f"{len(manifest.sources):,} files, {read:,} bytes: {', '.join(names)}"
+        "sources": f"{len(manifest.sources):,} files, {read:,} bytes: {printable(', '.join(names))}"
         + (f" and {more:,} more" if more else ""),
-        "settings": ", ".join(f"{key} {value or '-'}" for key, value in manifest.settings.items()),
+        "settings": printable(
+            ", ".join(f"{key} {value or '-'}" for key, value in manifest.settings.items())
+        ),
         "left out": f"{manifest.empty_documents:,} empty, {manifest.problems:,} unreadable; "
         f"{manifest.mended_documents:,} mended",
         "lengths": f"shortest {lengths.shortest:,}, median {median}, "
@@ -189,6 +193,23 @@ def filter_text(report: dict[str, object]) -> str:
         f"of {report['seen']:,} documents {report['dropped']:,} dropped, "
         f"with {report['tokens_dropped']:,} tokens"
     )
+
+
+def examples(manifest: Manifest) -> list[tuple[str, str, str]]:
+    """(filter, place, text) of documents that filters dropped or changed."""
+    return [
+        (str(report["name"]), printable(example["place"]), printable(example["text"]))
+        for report in manifest.filters
+        for example in report["examples"]
+    ]
+
+
+def problems(manifest: Manifest) -> list[tuple[str, str]]:
+    """(place, reason) of the first of them."""
+    return [
+        (printable(entry.get("place")), printable(entry.get("reason")))
+        for entry in manifest.first_problems
+    ]
 
 
 def _histogram(lengths: Lengths) -> Iterator[str]:
@@ -224,7 +245,7 @@ def _samples(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[Sample]:
         yield Sample(number, len(ids), text)
 
 
-def printable(text: str) -> str:
+def printable(text: object) -> str:
     """Text in one line; a character that would do something to a terminal is written as a code."""
-    line = " ".join(text.split())
+    line = " ".join(str(text).split())
     return "".join(c if c.isprintable() else f"\\u{{{ord(c):x}}}" for c in line)

@@ -181,7 +181,7 @@ class _Job:
         try:
             parts = self._make_parts(work, units)
             try:
-                need_text(parts, files, settings)
+                need_text(work, parts, files)
             except InputError:
                 folder.remove()  # no other run could use such parts
                 raise

@@ -55,7 +55,7 @@ def merged_reports(
 
 def _example(work: Work, part: PartRecord, split: str, document: int, ids: slice) -> Example:
     folder = work.part(part.key)
-    with file_of(folder, split, "places").open(encoding="utf-8") as places:
+    with file_of(folder, split, "places").open(encoding="utf-8", newline="\n") as places:
         place = next(islice(places, document, None)).rstrip("\n")
     tokens = np.memmap(file_of(folder, split, "bin"), dtype_for(work.settings.vocab_size), "r")
     # A character takes no more than a few tokens; most tokens are several.

@@ -47,7 +47,7 @@ def _fraction(share: str | float | Fraction) -> Fraction:
         found = Fraction(str(share))
     except (ValueError, ZeroDivisionError):
         found = Fraction(0)
-    if not 0 < found < 1:
+    if not 0 < int(found * _HASHES) < _HASHES:
         raise InputError(
             "valid",
             got=share,

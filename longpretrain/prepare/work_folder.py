@@ -114,8 +114,17 @@ _THROW_AWAY = "Pass --restart to throw those parts away, or choose another --out
 
 
 def work_path(target: Path) -> Path:
-    """Where a corpus is made: beside it, on the same disk."""
+    """Where a corpus is made: beside it, on the same disk.
+
+    Raises:
+        InputError: nothing can be beside the root.
+    """
     name = target.name
+    if not name:
+        raise InputError(
+            f"out {target}", got="the root of all folders", wanted="a new or empty folder",
+            way_out="Choose another --out.",
+        )  # fmt: skip
     if len(os.fsencode(name)) > _MAX_NAME_BYTES:
         name = f"{name[:40]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
     return target.with_name(f".{name}.preparing")

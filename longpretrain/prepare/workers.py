@@ -1,4 +1,4 @@
-"""Numbered tasks, shared out: to this process, to processes beside it, or to MPI ranks.
+"""Numbered tasks, shared out: to this process, to processes beside it, or to ranks (rank_crew.py).
 
 A task is a function of the module level; it reads what it works on itself, by its number, and what
 it returns is small: texts and tokens never pass between processes. Who does which task, and when,
@@ -49,12 +49,16 @@ class Crew(ABC):
 
 
 class CrewOfOne(Crew):
+    """This process alone."""
+
     def run(self, task: Task, common: Any, numbers: Sequence[int], tick: Tick) -> list[Any]:
         return [task(common, number, tick) for number in numbers]
 
 
 @dataclass(frozen=True)
 class Done:
+    """A task that came to its end, or failed."""
+
     number: int
     result: Any = None
     error: BaseException | None = None
@@ -87,6 +91,7 @@ class PoolCrew(Crew):
         return [results[number] for number in numbers]
 
     def close(self, error: BaseException | None) -> None:
+        """Ends the processes; after an error at once."""
         for process in self._workers.values():
             if error:
                 process.terminate()
