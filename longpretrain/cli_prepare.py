@@ -118,6 +118,12 @@ def run(options: argparse.Namespace) -> int:
         options.parser.error(
             f"argument --max-document-mb: got {options.max_document_mb}; wanted 1 or more"
         )
+    flag = f"--{mode.replace('_', '-')}"
+    if mode != "prepare":
+        from longpretrain.prepare.rank_crew import need_one_process
+
+        need_one_process(flag)
+    _refuse_unused(options, mode, flag)
     missing = [
         name
         for name, given in (("INPUT", options.inputs), ("--out", options.out))
@@ -127,15 +133,34 @@ def run(options: argparse.Namespace) -> int:
         missing.append("--vocab-size")
     if missing:
         options.parser.error(f"the following arguments are required: {', '.join(missing)}")
-    if options.inputs and not reads_text:
-        named = " ".join(map(str, options.inputs))
-        options.parser.error(f"argument --{mode}: not allowed with argument {named}")
     return {
         "prepare": _prepare,
         "verify": _verify,
         "inspect": _inspect,
         "train_tokenizer": _train_tokenizer,
     }[mode](options)
+
+
+_READING = {"documents", "field", "on_error", "max_document_mb", "stdin_format", "filters"}
+_USED = {
+    "prepare": _READING | {"inputs", "out", "tokenizer", "workers", "valid", "restart"},
+    "verify": set(),
+    "inspect": {"tokenizer", "out"},
+    "train_tokenizer": _READING | {"inputs", "out", "vocab_size"},
+}
+"""Options that count where something is done; all others are refused there."""
+
+
+def _refuse_unused(options: argparse.Namespace, mode: str, flag: str) -> None:
+    every = {name for used in _USED.values() for name in used}
+    for name in sorted(every - _USED[mode]):
+        value = getattr(options, name)
+        if value and value != options.parser.get_default(name):
+            given = " ".join(map(str, value)) if name == "inputs" else "--" + name.replace("_", "-")
+            given = "--filter" if name == "filters" else given
+            if mode == "prepare":
+                options.parser.error(f"argument {given}: got {value}; wanted --train-tokenizer too")
+            options.parser.error(f"argument {flag}: not allowed with argument {given}")
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -252,11 +277,14 @@ def _train_tokenizer(options: argparse.Namespace) -> int:
     read = ReadOptions(
         options.documents, options.field, options.max_document_mb << 20, options.on_error
     )
+    filters = Filters.parse(options.filters)
+    if filters.deduplicate or filters.tokens:
+        options.parser.error("argument --filter: got one of tokens or duplicates; wanted unicode=F")
     with bar("read") as progress, tempfile.TemporaryDirectory() as scratch:
         texts = read_texts(
             options.inputs,
             read,
-            Filters.parse(options.filters),
+            filters,
             Path(scratch),
             stdin_format=options.stdin_format,
             progress=progress,

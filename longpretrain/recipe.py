@@ -6,6 +6,7 @@ overrides, later ones winning. An unknown key is refused with the nearest known 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -29,6 +30,8 @@ RECIPES = Path(__file__).parent / "recipes"
 _PATHS = ("run.dir", "model.path", "data.train", "data.valid", "zero.config")
 """Keys that hold a path, beside those of data.mix: a leading ~ is the home folder."""
 _MIX_KEY = re.compile(r"data\.mix\.([^.]+)\.([^.]+)")
+_MOST_DIGITS = 40
+"""Of a numerator or denominator: what YAML reads as a number of such a size has fewer."""
 
 # What neighbouring projects call some keys: the suggestion for an unknown one.
 _ALSO_CALLED = {
@@ -269,23 +272,26 @@ def _value(key: str, hint: Any, value: Any) -> Any:
 
 
 def _fraction(key: str, value: Any) -> Fraction:
-    """A number exactly as it is written: 0.1 is 1/10, 1/3 is a third."""
-    text = str(value).replace(" ", "")
+    """A number exactly as it is written: 0.1 is 1/10, 1/3 is a third. What config.yaml says of it,
+    numerator/denominator, is read in the same way.
+    """
+    text = re.sub(r"\s*/\s*", "/", str(value).strip())
     is_number = isinstance(value, int | float | str) and not isinstance(value, bool)
-    if is_number and re.fullmatch(r"-?[0-9]{1,18}/[0-9]{0,17}[1-9][0-9]{0,17}", text):
-        return Fraction(text)
-    try:
-        number = float(text) if is_number else float("nan")
-    except ValueError:
-        number = float("nan")
-    if 1e-9 <= abs(number) <= 1e18:
-        return Fraction(text)
+    number = float("nan")
+    if is_number and len(text) < 2 * _MOST_DIGITS + 10:
+        with contextlib.suppress(ValueError, ZeroDivisionError):
+            number = float(Fraction(text) if "/" in text else text)
     if number == 0:  # also of a text with so small an exponent that Fraction would not come back
         return Fraction(0)
+    if 1e-9 <= abs(number) <= 1e18:
+        found = Fraction(text)
+        if max(abs(found.numerator), found.denominator) < 10**_MOST_DIGITS:
+            return found
     raise InputError(
         f"recipe key {key}",
         got=repr(value),
-        wanted="a number from 1e-9 to 1e18, or a fraction such as 1/3",
+        wanted=f"a number from 1e-9 to 1e18, or a fraction such as 1/3, of {_MOST_DIGITS} digits "
+        "at most",
         way_out=f"Write {key}=VALUE or mend the recipe.",
     )
 

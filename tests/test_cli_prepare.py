@@ -109,6 +109,9 @@ def test_what_is_kept_is_said_and_restart_throws_it_away(place, capsys, monkeypa
     assert not work.exists()
 
 
+TRAIN = ["in", "--out", "out", "--train-tokenizer", "bpe", "--vocab-size", "300"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -124,6 +127,17 @@ def test_what_is_kept_is_said_and_restart_throws_it_away(place, capsys, monkeypa
         (["in", "--verify", "out"], "--verify: got in as well; wanted one of them"),
         (["--verify", "a", "--inspect", "b"], "--inspect: got --verify as well"),
         (["in", "--out", "out", "--train-tokenizer", "bpe"], "--vocab-size: got nothing"),
+        (["--verify", "a", "--valid", "7"], "--verify: got --valid as well; wanted one of them"),
+        (["--inspect", "a", "--filter", "x"], "--inspect: got --filter as well; wanted one"),
+        (["in", "--out", "out", "--vocab-size", "9"], "--vocab-size: got 9; wanted --train-tokeni"),
+        (
+            [*TRAIN, "--workers", "2"],
+            "--train-tokenizer: got --workers as well",
+        ),
+        (
+            [*TRAIN, "--filter", "deduplicate"],
+            "--filter: got one of tokens or duplicates; wanted unicode=F",
+        ),
         (["--verify", "no-such"], "no-such"),
         (["--inspect", "in"], "in: got"),
         (["-", "in", "-", "--out", "out"], "standard input: got the same file twice"),

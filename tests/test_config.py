@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from longpretrain.config import MAY_CHANGE, Config, differences, flat, to_tree
 from longpretrain.errors import InputError
@@ -225,6 +227,19 @@ class TestMix:
         assert dict(flat(to_tree(config)))["data.mix.news.weight"] == "2/7"
         assert dict(flat(to_tree(Config())))["data.mix"] == {}
 
+    @given(
+        weight=st.floats(1e-9, 1e18)
+        | st.fractions(Fraction(1, 10**9), 10**18, max_denominator=10**20)
+    )
+    def test_any_weight_comes_back(self, weight: float | Fraction) -> None:
+        """From config.yaml, without which a run would not go on: 1/300, as a float, is
+        6666666666666667/2000000000000000000.
+        """
+        source = {"path": "a", "weight": weight if isinstance(weight, float) else str(weight)}
+        config = from_tree({"data": {"mix": {"a": source}}})
+        assert config.data.mix[0].weight == Fraction(str(weight))
+        assert from_tree(yaml.safe_load(yaml.safe_dump(to_tree(config)))) == config
+
     def test_overrides_reach_into_it(self, recipe: str) -> None:
         """A source's numbers, a path that looks like a number, a source less, one more."""
         words = ["wiki=null", "books.path=2024", "books.weight=1e-1", "b-2.path=~/y"]
@@ -257,6 +272,10 @@ class TestMix:
             ("books.weight=-1/3", "got -1/3; wanted more than 0"),
             ("books.weight=1e-99999999", "got 0; wanted more than 0"),
             ("books.weight=1/0", "got '1/0'; wanted a number from 1e-9 to 1e18, or a fraction"),
+            ("books.weight=1/-3", "wanted a number"),
+            ("books.weight=1/" + 41 * "3", "of 40 digits at most"),
+            ("books.weight='0." + 5000 * "3" + "'", "of 40 digits at most"),
+            ("books.weight=1e19", "wanted a number from 1e-9 to 1e18"),
             ("books.weight=.nan", "got nan; wanted a number"),
             ("books.weight=true", "got True; wanted a number"),
             ("books.weight=2001-01-01", "wanted a number"),
@@ -281,6 +300,13 @@ class TestMix:
         overrides = [f"data.mix.{word}" for word in words.replace("a b", "a_b").split()]
         with pytest.raises(InputError, match=message):
             load_recipe(recipe, [word.replace("a_b", "a b") for word in overrides])
+
+    def test_spaces(self, recipe: str) -> None:
+        """Around a fraction's stroke they are left out; 1 2 is not 12."""
+        spaced = load_recipe(recipe, ["data.mix.books.weight= 1 / 3 "])
+        assert spaced.data.mix[0].weight == Fraction(1, 3)
+        with pytest.raises(InputError, match="got '1 2'; wanted a number"):
+            load_recipe(recipe, ["data.mix.books.weight=1 2"])
 
     def test_a_mix_stands_alone(self, recipe: str, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"data\.train: got x, beside data.mix; wanted one of"):

@@ -156,6 +156,24 @@ class TestSeveralAtOnce:
         assert inodes == [mine.path.stat().st_ino]
         assert files(tmp_path) == [mine.path.name]
 
+    def test_one_that_comes_meanwhile_is_not_called_damaged(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        read = block_index._read
+
+        def slowly(path: Path, key: str) -> BlockIndex | None:
+            monkeypatch.setattr(block_index, "_read", read)
+            found = read(path, key)
+            load_index(tmp_path, KEY, 10, Builder())  # another rank
+            return found
+
+        monkeypatch.setattr(block_index, "_read", slowly)
+        check(load_index(tmp_path, KEY, 10, Builder()))
+        assert capfd.readouterr().err == ""
+
     def test_ranks(self, tmp_path: Path) -> None:
         """Four that begin together; the bytes do not depend on who wins."""
         with ThreadPoolExecutor(4) as pool:

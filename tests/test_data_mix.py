@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longpretrain.data.blocks import Order
+from longpretrain.data.hashing import hash64
 from longpretrain.data.mix import Mix, Shares, Source
 
 parts = st.one_of(
@@ -209,6 +210,10 @@ class TestMix:
         assert [mix.locate(n)[1:] for n in range(12)] == [order.locate(n) for n in range(12)]
         assert [m[1:] for m in map(mix.locate, range(12, 40)) if m.source == 0] == [
             order.locate(n) for n in range(12, 26)
+        ]
+        joined = Order(5, seed=hash64(0x736F75726365, 7, 2))  # as docs/recipes.md says
+        assert [m[1:] for m in map(mix.locate, range(12, 40)) if m.source == 1] == [
+            joined.locate(n) for n in range(14)
         ]
 
     def test_the_order_inside_a_source_is_its_own(self) -> None:

@@ -38,6 +38,12 @@ def test_it_is_first_fit_decreasing(problem: tuple[list[int], int]) -> None:
     assert found.tolist() == one_by_one(sizes, capacity)
 
 
+def test_thousands_of_few_sizes_too() -> None:
+    """Many equal pieces share many open blocks."""
+    sizes = np.random.default_rng(2).integers(1, 8, 3000)
+    assert packing.first_fit_decreasing(sizes, 25).tolist() == one_by_one(sizes.tolist(), 25)
+
+
 @settings(max_examples=100)
 @given(problem=problems())
 def test_a_pack_is_its_blocks_in_order(problem: tuple[list[int], int]) -> None:

@@ -66,6 +66,8 @@ class TestSelection:
         assert not Selection(share=THIRD).takes_all
         assert Selection(min_tokens=9, seed=7).identity == Selection(min_tokens=9).identity
         assert Selection(share=THIRD, seed=7).identity != Selection(share=THIRD).identity
+        one, none = Selection(share=THIRD, min_tokens=1), Selection(share=THIRD)
+        assert one.identity == none.identity, "no document is empty"
 
     @pytest.mark.parametrize("share", [Fraction(0), Fraction(-1, 3), Fraction(4, 3)])
     def test_a_share_is_one(self, share: Fraction) -> None:

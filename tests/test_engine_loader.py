@@ -241,7 +241,7 @@ def test_a_packed_run_goes_on_with_another_number_of_workers(
     small_run: Path, tmp_path: Path
 ) -> None:
     """Real runs: by a thread; by a worker, stopped by a signal and gone on with by a thread."""
-    settings = ["data.blocks=packed", "evaluate.every_steps=0", "schedule.total_steps=8"]
+    settings = ["data.blocks=packed", "evaluate.every_steps=8", "schedule.total_steps=8"]
 
     def run(name: str, workers: int, stop_after: int | None = None) -> dict[str, Any]:
         words = [f"run.dir={tmp_path / name}", f"data.loader_workers={workers}"]
@@ -251,14 +251,18 @@ def test_a_packed_run_goes_on_with_another_number_of_workers(
     runs = [run("whole", 0), run("parts", 1, stop_after=2), run("parts", 0)]
     finished = drive(tmp_path / "drive", 1, runs)
     assert finished.exit_codes == [0, 75, 0], finished.output[-3000:]
-    whole, parts = (
+    (whole, whole_score), (parts, parts_score) = (
         [
-            line
-            for line in read_metrics(tmp_path / name / "metrics.jsonl")
-            if line["kind"] == "train"
+            [
+                line
+                for line in read_metrics(tmp_path / name / "metrics.jsonl")
+                if line["kind"] == kind
+            ]
+            for kind in ("train", "evaluation")
         ]
         for name in ("whole", "parts")
     )
+    assert [line["loss"] for line in whole_score] == [line["loss"] for line in parts_score] != []
     assert [line["step"] for line in parts] == list(range(1, 9))
     for name in ("loss", "grad_norm", "masked_tokens", "tokens"):
         assert [line[name] for line in parts] == [line[name] for line in whole], name

@@ -176,6 +176,23 @@ class TestGoingOn:
         assert "recipe key data.mix.a.path: got" in check_form(capsys.readouterr().err, "train")
 
 
+@pytest.mark.usefixtures("process_group")
+def test_an_altered_source_is_refused(
+    stopped: Path, corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first update every byte of every source is read."""
+    import shutil
+
+    shutil.copytree(corpora, tmp_path / "own")
+    tokens = tmp_path / "own" / "b" / "tokens-00000.bin"
+    data = bytearray(tokens.read_bytes())
+    data[-1] ^= 1
+    tokens.write_bytes(data)
+    assert go_on(stopped, tmp_path / "new", *mix_words(tmp_path / "own", **A_AND_B)) == 2
+    assert f"altered shard {tokens}: got" in check_form(capsys.readouterr().err, "train")
+    assert not (tmp_path / "new").exists()
+
+
 class TestCheckpoint:
     def test_holds_the_mix_and_its_version(self, stopped: Path) -> None:
         folder = checkpoint.latest(stopped / "mix")

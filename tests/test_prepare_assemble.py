@@ -141,10 +141,17 @@ class TestDamage:
 
         monkeypatch.setattr(job_module, "assemble", assemble_damaged)
 
-    @pytest.mark.parametrize("name", ["tokens.bin", "tokens.idx", "tokens.hash", "part.json"])
+    @pytest.mark.parametrize(
+        "name",
+        ["tokens.bin", "tokens.idx", "tokens.hash", "tokens.places", "problems.jsonl", "part.json"],
+    )
     @pytest.mark.parametrize("how", ["altered", "truncated", "missing"])
     def test_a_damaged_part_is_made_again(self, name, how, source, tmp_path, monkeypatch):
-        options = {"filters": ["deduplicate"], "unit_bytes": 1000, "shard_bytes": 2000}
+        options = {
+            "filters": ["deduplicate"], "on_error": "skip", "unit_bytes": 1000, "shard_bytes": 2000,
+        }  # fmt: skip
+        lines = source.read_text().splitlines()
+        source.write_text("\n{\n".join(lines) + "\n")
         prepare([source], tmp_path / "wanted", **options)
 
         def change(path):

@@ -117,8 +117,9 @@ def test_after_an_error_no_rank_begins_another_unit(inputs, tmp_path):
     [
         (["no-such", "--out", "out"], "input no-such: got no such file or folder"),
         (["text", "--out", "out", "--workers", "2"], "got 2 under mpirun with 2 ranks; wanted 1"),
+        (["--verify", "corpus"], "--verify: got 2 ranks of mpirun; wanted one process"),
     ],
-    ids=["input", "workers"],
+    ids=["input", "workers", "mode"],
 )
 def test_what_cannot_be_is_refused_by_all(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -113,10 +113,11 @@ def load_index(folder: Path, key: Mapping[str, object], documents: int, build: B
     """
     text = json.dumps({"version": VERSION, **key}, sort_keys=True)
     path = folder / f"{PREFIX}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    was_there = path.exists()  # asked first: another rank may put one there at any moment
     found = _read(path, text)
     if found:
         return found
-    if path.exists():
+    if was_there:
         _say(f"{path}: damaged, so it is built again")
     if documents >= _LONG:
         _say(f"{folder}: indexing the blocks of {documents:,} documents, once")

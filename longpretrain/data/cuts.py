@@ -309,6 +309,6 @@ def _chosen(
             f"selection from corpus {corpus.folder}",
             got=f"none of its {corpus.num_documents:,} documents",
             wanted="at least one",
-            way_out=f"Lower min_tokens, {selection.min_tokens}, or raise the share, "
-            f"{selection.share}; or leave the source out.",
+            way_out=f"Take shorter ones than {selection.min_tokens:,} tokens, or more than "
+            f"{selection.share} of them; or leave the source out.",
         )

@@ -56,9 +56,10 @@ class Selection:
     @property
     def identity(self) -> tuple[int, int, int, int]:
         """What tells it from another one: min_tokens, numerator and denominator, seed."""
-        # A whole corpus is the same whatever the seed.
+        # A whole corpus is the same whatever the seed, and no document is empty.
         seed = self.seed if self.share < 1 else 0
-        return self.min_tokens, self.share.numerator, self.share.denominator, seed
+        least = self.min_tokens if self.min_tokens > 1 else 0
+        return least, self.share.numerator, self.share.denominator, seed
 
     def chosen(self, first: int, lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether documents first, first + 1, ... of these lengths take part."""

@@ -19,11 +19,11 @@ from longpretrain.data.manifest import FileRecord, ShardRecord, dtype_for
 from longpretrain.data.shard_writer import ShardFile
 from longpretrain.errors import InputError
 from longpretrain.files import read_json_object, write_atomically
-from longpretrain.prepare.chunked import ChunkedReader, DamagedPartError
+from longpretrain.prepare.chunked import ChunkedFile, ChunkedReader, DamagedPartError
 from longpretrain.prepare.corpora import Corpora
 from longpretrain.prepare.deduplicate import Duplicates
 from longpretrain.prepare.layout import BLOCK_DOCUMENTS, Slice, lay_out
-from longpretrain.prepare.parts import PartRecord, Work, file_of, read_part
+from longpretrain.prepare.parts import PartRecord, Work, file_of, files_of, read_part
 from longpretrain.prepare.repeats import find_repeats, merged_reports
 from longpretrain.prepare.settings import digest
 from longpretrain.prepare.task_list import read_task, write_tasks
@@ -55,12 +55,12 @@ def assemble(work: Work, parts: Sequence[PartRecord], crew: Crew) -> Corpora | s
     Returns:
         What was made, or the keys of damaged parts: make them again, and then this.
     """
-    # These are read here, and what they say is believed.
-    suffixes = ("idx", "hash") if work.settings.filters.deduplicate else ("idx",)
+    # These are read here, and what they say is believed; of the tokens what is copied is checked.
     damaged = {
         part.key
         for part in parts
-        if not all(is_whole(work.part(part.key), part, suffix) for suffix in suffixes)
+        for path, file in files_of(work.part(part.key), part)
+        if path.suffix != ".bin" and not _is_whole(path, file)
     }
     if damaged:
         return damaged
@@ -137,17 +137,16 @@ def make_shard(assembly: Assembly, number: int, tick: Tick) -> ShardRecord | Dam
     return record
 
 
-def is_whole(folder: Path, part: PartRecord, suffix: str) -> bool:
-    """Whether the files of one kind are what was written."""
-    for name, split in part.splits.items():
+def _is_whole(path: Path, file: ChunkedFile) -> bool:
+    """Whether a file of a part is what was written."""
+    try:
+        reader = ChunkedReader(path, file)
         try:
-            reader = ChunkedReader(file_of(folder, name, suffix), split.files[suffix])
-            try:
-                reader.read_all()
-            finally:
-                reader.close()
-        except DamagedPartError:
-            return False
+            reader.read_all()
+        finally:
+            reader.close()
+    except DamagedPartError:
+        return False
     return True
 
 

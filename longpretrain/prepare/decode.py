@@ -3,6 +3,9 @@
 A text takes one, two or four times the memory of its bytes, by its rarest character. So a large one
 is decoded in slices, its bytes are let go of, and only then it is put together: a bytearray that is
 given to a function here may come back empty.
+
+What is JSON here depends on the line alone, where Python's parser also asks how deep the caller is
+and what the environment says of long numbers: nesting has a limit, numbers none.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from longpretrain.prepare.memory import trim
+import numpy as np
+
+from longpretrain.prepare.memory import GrowingText, trim
 from longpretrain.prepare.unusable import SKIP, UnusableError
 
 _REPLACEMENT = "\ufffd"
@@ -30,6 +35,13 @@ _HIGH_AND_LOW = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..")
 _LARGE_BYTES = 1 << 20
 _LIFT_BYTES = 1 << 16
 _SLICE = 1 << 20
+_MOST_NESTED = 200
+_BRACKETS = b"[]{}"
+_NOT_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
+_STEPS = np.array([{91: 1, 123: 1, 93: -1, 125: -1}.get(byte, 0) for byte in range(256)], np.int8)
+# Of a whole number only the kind is told; to make it an int takes the square of its digits, and
+# above 4,300 of them Python refuses, or not, by the environment.
+_JSON = json.JSONDecoder(parse_int=len)
 _OBJECT = "a JSON object with the text in a field"
 _MEND = "Mend the line, name the field with --field, or pass --on-error skip."
 
@@ -127,10 +139,12 @@ def _decode_slices(slices: Iterator[bytes], offset: int, *, mend: bool) -> Itera
 
 
 def _decode_large(data: Bytes, offset: int, *, mend: bool) -> Text:
-    decoded = list(_decode_slices(_slices(data), offset, mend=mend))
+    text, mended = GrowingText(), False
+    for part, mended in _decode_slices(_slices(data), offset, mend=mend):
+        text.add(part)
     if isinstance(data, bytearray):
         data.clear()
-    return "".join(text for text, _ in decoded), decoded[-1][1]
+    return text.take(), mended
 
 
 def _slices(data: Bytes) -> Iterator[bytes]:
@@ -160,12 +174,14 @@ def _text_of_large_json(line: bytes | bytearray, offset: int, field: str, *, men
         line.clear()
     entry = _parse(rest.decode("utf-8", "replace"))
     wanted = entry.get(field) if isinstance(entry, dict) else None
-    parts = []
+    text = GrowingText()
+    found = False
     for name in [*lifted]:  # each, for one that is no JSON spoils the line
         for part in _unescape(lifted.pop(name)):
             if name == wanted:
-                parts.append(part)
-    return "".join(parts) if parts else _in_field(entry, field), mended
+                text.add(part)
+                found = True
+    return text.take() if found else _in_field(entry, field), mended
 
 
 def _unescape(string: bytes) -> Iterator[str]:
@@ -178,15 +194,36 @@ def _unescape(string: bytes) -> Iterator[str]:
         if _HIGH_AND_LOW.match(string, end - 6):  # one character
             end += 6
         part = decoder.decode(string[at:end], final=end == len(string))
-        yield _parse(f'"{part}"')
+        yield _load(f'"{part}"')
         at = end
 
 
 def _parse(text: str) -> Any:
+    if text.count("[") + text.count("{") > _MOST_NESTED and _nesting(text) > _MOST_NESTED:
+        got = f"JSON nested deeper than {_MOST_NESTED}"
+        raise UnusableError(got, f"at most {_MOST_NESTED} levels", _MEND)
+    return _load(text)
+
+
+def _load(text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return _JSON.decode(text)
+    except ValueError as error:
         raise UnusableError(f"no JSON ({error})", _OBJECT, _MEND) from error
+
+
+def _nesting(text: str) -> int:
+    """How deep the brackets outside strings go; of what is no JSON, as far as it is."""
+    without_escapes = text.replace("\\\\", "").replace('\\"', "")
+    outside = "".join(without_escapes.split('"')[::2]).encode("utf-8", "replace")
+    brackets = outside.translate(None, _NOT_BRACKETS)
+    level = deepest = 0
+    for start in range(0, len(brackets), _SLICE):
+        codes = np.frombuffer(brackets[start : start + _SLICE], np.uint8)
+        levels = level + np.cumsum(_STEPS[codes], dtype=np.int64)
+        deepest = max(deepest, int(levels.max()))
+        level = int(levels[-1])
+    return deepest
 
 
 def _in_field(entry: Any, field: str) -> str:

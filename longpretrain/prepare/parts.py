@@ -18,11 +18,11 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,7 +74,7 @@ class SplitRecord:
     documents: int
     tokens: int
     files: Mapping[str, ChunkedFile]
-    """By suffix: bin, idx, hash."""
+    """By suffix: bin, idx, hash, places."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,8 @@ class PartRecord:
     empty_documents: int
     mended_documents: int
     problems: int
+    problems_file: ChunkedFile | None
+    """What was left out, if anything was."""
     filters: tuple[Mapping[str, Any], ...]
     on_error: str
     max_document_bytes: int
@@ -122,25 +124,31 @@ def read_part(folder: Path) -> PartRecord:
         name: SplitRecord(
             documents=split["documents"],
             tokens=split["tokens"],
-            files={
-                suffix: ChunkedFile(file["bytes"], tuple(file["sha256"]))
-                for suffix, file in split["files"].items()
-            },
+            files={suffix: _file(file) for suffix, file in split["files"].items()},
         )
         for name, split in tree.pop("splits").items()
     }
     pieces = tuple((start, end, sha256) for start, end, sha256 in tree.pop("pieces"))
-    return PartRecord(**tree | {"filters": tuple(tree["filters"])}, splits=splits, pieces=pieces)
+    problems = tree.pop("problems_file")
+    return PartRecord(
+        **tree | {"filters": tuple(tree["filters"])},
+        splits=splits,
+        pieces=pieces,
+        problems_file=problems and _file(problems),
+    )
+
+
+def _file(tree: Mapping[str, Any]) -> ChunkedFile:
+    return ChunkedFile(tree["bytes"], tuple(tree["sha256"]))
 
 
 def find_part(folder: Path, settings: Settings) -> PartRecord | None:
     """A finished part that can be used again; its files are there with their sizes."""
     try:
         part = read_part(folder)
-        for name, split in part.splits.items():
-            for suffix, file in split.files.items():
-                if file_of(folder, name, suffix).stat().st_size != file.bytes:
-                    return None
+        for path, file in files_of(folder, part):
+            if path.stat().st_size != file.bytes:
+                return None
     except (InputError, KeyError, TypeError, ValueError, OSError):
         return None
     return part if part.fits(settings) else None
@@ -149,6 +157,15 @@ def find_part(folder: Path, settings: Settings) -> PartRecord | None:
 def file_of(folder: Path, split: str, suffix: str) -> Path:
     """A file of a part."""
     return folder / f"{split or 'tokens'}.{suffix}"
+
+
+def files_of(folder: Path, part: PartRecord) -> Iterator[tuple[Path, ChunkedFile]]:
+    """All files of a part but its record."""
+    for name, split in part.splits.items():
+        for suffix, file in split.files.items():
+            yield file_of(folder, name, suffix), file
+    if part.problems_file:
+        yield folder / PROBLEMS, part.problems_file
 
 
 def unit_entry(unit: Unit, files: Mapping[int, tuple[InputFile, int]], settings: Settings) -> Any:
@@ -228,7 +245,7 @@ class _Maker:
         self._batch: list[Document] = []
         self._batch_chars = 0
         self._pieces: list[tuple[int, int, str]] = []
-        self._problems: IO[str] | None = None
+        self._problems: ChunkedWriter | None = None
         self._problem_count = self._empty = self._mended = 0
 
     def read(self, file: InputFile, piece: Piece) -> None:
@@ -248,9 +265,6 @@ class _Maker:
 
     def finish(self, key: str) -> PartRecord:
         self._encode()
-        if self._problems:
-            self._problems.close()
-            sync(self._folder / PROBLEMS)
         return PartRecord(
             key=key,
             splits={name: writer.finish() for name, writer in self._writers.items()},
@@ -258,6 +272,7 @@ class _Maker:
             empty_documents=self._empty,
             mended_documents=self._mended,
             problems=self._problem_count,
+            problems_file=self._problems.finish() if self._problems else None,
             filters=tuple(report.to_json() for report in self._filters.reports),
             on_error=self._settings.read.on_error,
             max_document_bytes=self._settings.read.max_document_bytes,
@@ -265,10 +280,10 @@ class _Maker:
 
     def _add_problem(self, problem: Problem) -> None:
         if not self._problems:
-            path = self._folder / PROBLEMS
-            self._problems = self._held.enter_context(path.open("w", encoding="utf-8"))
+            self._problems = ChunkedWriter(self._folder / PROBLEMS)
+            self._held.callback(self._problems.close)
         entry = {"place": problem.place, "reason": problem.reason}
-        self._problems.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self._problems.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
         self._problem_count += 1
 
     def _add(self, document: Document) -> None:
@@ -310,14 +325,12 @@ class _SplitWriter:
     def __init__(self, folder: Path, name: str, settings: Settings, held: ExitStack) -> None:
         self._dtype = dtype_for(settings.vocab_size)
         self._vocab_size = settings.vocab_size
-        suffixes = ("bin", "idx", "hash") if settings.needs_hashes else ("bin", "idx")
+        suffixes = ["bin", "idx"]
+        suffixes += ["hash"] if settings.needs_hashes else []
+        suffixes += ["places"] if settings.filters.deduplicate else []
         self._files = {suffix: ChunkedWriter(file_of(folder, name, suffix)) for suffix in suffixes}
         for writer in self._files.values():
             held.callback(writer.close)
-        self._places: IO[str] | None = None
-        if settings.filters.deduplicate:
-            path = file_of(folder, name, "places")
-            self._places = held.enter_context(path.open("w", encoding="utf-8"))
         self._documents = self._tokens = 0
         self._ids: list[NDArray[np.integer]] = []
         self._files["idx"].write(bytes(8))
@@ -327,8 +340,8 @@ class _SplitWriter:
         self._ids.append(ids)
         if document_hash:
             self._files["hash"].write(document_hash)
-        if self._places:
-            self._places.write(place.replace("\n", " ") + "\n")
+        if "places" in self._files:
+            self._files["places"].write(place.replace("\n", " ").encode() + b"\n")
 
     def flush(self) -> None:
         """Writes what was taken."""

@@ -45,17 +45,44 @@ def find_place(workers: int) -> Ranks:
     """
     if workers < 1:
         raise InputError("workers", got=workers, wanted="1 or more", way_out="Set --workers.")
+    place = _discover()
+    if place.world_size > 1:
+        with _told_by_the_first(place):
+            _need_team(place, workers)
+    return place
+
+
+def need_one_process(what: str) -> None:
+    """Refuses ranks for what one process does.
+
+    Raises:
+        InputError: there are several; ``what`` names what was asked for.
+        ElsewhereError: the same, at a rank other than 0.
+    """
+    place = _discover()
+    if place.world_size > 1:
+        with _told_by_the_first(place):
+            raise InputError(
+                what,
+                got=f"{place.world_size} ranks of {place.launcher}",
+                wanted="one process",
+                way_out="Run it without mpirun or srun.",
+            )
+
+
+def _discover() -> Ranks:
     # MPI finds the others itself: no address has to be known, as for torch.
-    place = discover({"MASTER_ADDR": "127.0.0.1", **os.environ})
-    if place.world_size == 1:
-        return place
+    return discover({"MASTER_ADDR": "127.0.0.1", **os.environ})
+
+
+@contextlib.contextmanager
+def _told_by_the_first(place: Ranks) -> Iterator[None]:
     try:
-        _need_team(place, workers)
+        yield
     except InputError:
         if place.is_first:
             raise
         raise ElsewhereError(_BAD_INPUT) from None
-    return place
 
 
 def _need_team(place: Ranks, workers: int) -> None:
