@@ -36,7 +36,8 @@ DONE, PREEMPTED = 0, 75
 
 
 def check(config: Config, world_size: int, *, fresh: bool) -> None:
-    """Everything that can be refused before ranks start; writes nothing.
+    """Everything that can be refused before ranks start; writes nothing but block indices beside
+    the shards.
 
     Raises:
         InputError: recipe, model folder, corpora, batch, ds_configs or run folder do not fit.

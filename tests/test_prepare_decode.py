@@ -103,6 +103,73 @@ class TestSmall:
             decode("é\0".encode(), 100, mend=False)
 
 
+def nested(levels: int) -> bytes:
+    """A line so deep, by arrays and objects in turn, with a text beside them."""
+    pairs, odd = divmod(levels - 1, 2)
+    inside = '{"a": [' * pairs + "[" * odd + "]" * odd + "]}" * pairs
+    return f'{{"n": {inside or 0}, "t": "x"}}'.encode()
+
+
+DECOYS = "[{" * 300 + '\\"' + "[{" * 300 + "\\\\"
+
+
+class TestNesting:
+    @pytest.mark.parametrize("read", [outcome, large])
+    def test_has_a_limit(self, read):
+        for levels in (1, 2, 199, 200):
+            assert read(text_of_json, nested(levels), 0, "t", mend=False) == ("x", False)
+        for levels in (201, 202, 990, 1100, 100_000):
+            got = read(text_of_json, nested(levels), 0, "t", mend=False)
+            assert got == "JSON nested deeper than 200"
+
+    def test_does_not_ask_how_deep_the_caller_is(self):
+        def call(frames: int) -> object:
+            if frames:
+                return call(frames - 1)
+            lines = map(nested, range(190, 1000, 5))
+            return [outcome(text_of_json, line, 0, "t", mend=False) for line in lines]
+
+        assert call(0) == call(450)
+
+    @pytest.mark.parametrize("read", [outcome, large])
+    def test_brackets_in_strings_are_text(self, read):
+        line = b'{"' + DECOYS.encode() + b'": [], "t": "' + DECOYS.encode() + b'", "n": [1]}'
+        assert read(text_of_json, line, 0, "t", mend=False) == (json.loads(line)["t"], False)
+        deep = line.replace(b"[1]", b"[" * 200 + b"]" * 200)
+        assert read(text_of_json, deep, 0, "t", mend=False) == "JSON nested deeper than 200"
+
+    def test_many_brackets_side_by_side(self, monkeypatch):
+        monkeypatch.setattr(decode_module, "_SLICE", 7)  # brackets at a time
+        line = b'{"t": "x", "n": [' + b"[{}], " * 500 + b"0]}"
+        assert outcome(text_of_json, line, 0, "t", mend=False) == ("x", False)
+        deep = line.replace(b"0]", b"[" * 198 + b"0" + b"]" * 198 + b"]")
+        assert outcome(text_of_json, deep, 0, "t", mend=False) == ("x", False)
+        deeper = deep.replace(b"0]", b"[0]]")
+        got = outcome(text_of_json, deeper, 0, "t", mend=False)
+        assert got == "JSON nested deeper than 200"
+
+
+class TestNumbers:
+    @pytest.mark.parametrize("most", [0, 640, 4300])
+    def test_of_any_length(self, most):
+        """Whatever the environment says of their digits."""
+        before = sys.get_int_max_str_digits()
+        sys.set_int_max_str_digits(most)
+        try:
+            for number in ("1" * 5000, "-" + "9" * 100_000, "1" * 5000 + ".5e" + "1" * 5000):
+                line = f'{{"n": {number}, "t": "x"}}'.encode()
+                assert outcome(text_of_json, line, 0, "t", mend=False) == ("x", False)
+        finally:
+            sys.set_int_max_str_digits(before)
+
+    @pytest.mark.parametrize(
+        ("value", "kind"), [("5", "int"), ("-" + "5" * 5000, "int"), ("5.0", "float")]
+    )
+    def test_are_no_text(self, value, kind):
+        line = f'{{"t": {value}}}'.encode()
+        assert outcome(text_of_json, line, 0, "t", mend=False) == f"{kind} in field 't'"
+
+
 PEAK = """
 import re, sys
 from pathlib import Path
@@ -123,8 +190,8 @@ print(told("VmHWM") - before, held)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="measures what glibc keeps")
 class TestMemory:
-    """Two documents of 34 MiB, above the 32 that malloc may keep; an emoji makes a text four times
-    as large as its bytes, and those, or their slices, are there besides.
+    """Two documents of 34 MiB, above the 32 that malloc may keep; an emoji, at either end, makes a
+    text four times as large as its bytes, of which little is there besides.
     """
 
     @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ BAD_LINES = [
     pytest.param(b"{}", "no field; wanted text in field 'text'", id="no field"),
     pytest.param(b'{"text": null}', "NoneType in field 'text'", id="null"),
     pytest.param(b'{"text": 3}', "int in field 'text'", id="number"),
-    pytest.param(b"[" * 100_000, "no JSON", id="deep"),
+    pytest.param(b"[" * 100_000, "JSON nested deeper than 200; wanted at most 200", id="deep"),
     pytest.param(b'{"text": "' + b"x" * 110_001 + b'"}', "a line above 0.1", id="long"),
 ]
 CAN_BE_MENDED = [

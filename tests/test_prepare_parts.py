@@ -182,6 +182,19 @@ class TestWhatIsWrong:
         assert "early" in listed[-1]["reason"]
         assert prepare([source], out, on_error=on_error, max_document_bytes=1000) == manifest
 
+    @pytest.mark.parametrize("how", ["missing", "short", "altered"])
+    def test_a_list_that_is_not_whole_is_made_again(self, source, out, how):
+        options = {"on_error": "skip", "max_document_bytes": 1000}
+        prepare([source], out, **options)
+        before = contents(out)
+        path = out / "problems.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.unlink()
+        if how != "missing":
+            path.write_bytes(b"".join(lines[:-1] if how == "short" else lines[::-1]))
+        prepare([source], out, **options)
+        assert contents(out) == before
+
     def test_nothing_is_listed_where_nothing_is_wrong(self, tmp_path, out):
         (tmp_path / "a.txt").write_text("Good.")
         manifest = prepare([tmp_path / "a.txt"], out, on_error="skip")

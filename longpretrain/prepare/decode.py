@@ -140,8 +140,9 @@ def _decode_slices(slices: Iterator[bytes], offset: int, *, mend: bool) -> Itera
 
 def _decode_large(data: Bytes, offset: int, *, mend: bool) -> Text:
     text, mended = GrowingText(), False
-    for part, mended in _decode_slices(_slices(data), offset, mend=mend):
+    for part, was in _decode_slices(_slices(data), offset, mend=mend):
         text.add(part)
+        mended = was
     if isinstance(data, bytearray):
         data.clear()
     return text.take(), mended
@@ -199,7 +200,7 @@ def _unescape(string: bytes) -> Iterator[str]:
 
 
 def _parse(text: str) -> Any:
-    if text.count("[") + text.count("{") > _MOST_NESTED and _nesting(text) > _MOST_NESTED:
+    if _has_brackets(text) and _nesting(text) > _MOST_NESTED:
         got = f"JSON nested deeper than {_MOST_NESTED}"
         raise UnusableError(got, f"at most {_MOST_NESTED} levels", _MEND)
     return _load(text)
@@ -210,6 +211,13 @@ def _load(text: str) -> Any:
         return _JSON.decode(text)
     except ValueError as error:
         raise UnusableError(f"no JSON ({error})", _OBJECT, _MEND) from error
+
+
+def _has_brackets(text: str) -> bool:
+    """Whether there are enough to nest too deep; most texts have none, which is found fastest."""
+    if "[" not in text and text.find("{", 1) < 0:
+        return False
+    return text.count("[") + text.count("{") > _MOST_NESTED
 
 
 def _nesting(text: str) -> int:

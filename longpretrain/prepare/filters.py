@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn
 
 from longpretrain.errors import InputError
 from longpretrain.prepare.documents import Document
+from longpretrain.prepare.memory import GrowingText
 
 EXAMPLES = 3
 EXAMPLE_CHARS = 80
@@ -85,8 +86,14 @@ class _UnicodeForm:
     form: Literal["NFC", "NFKC"]
 
     def __call__(self, text: str) -> str:
-        parts = list(_normal_parts(text, self.form))
-        return parts[0] if len(parts) == 1 else "".join(parts)
+        if all(unicodedata.is_normalized(self.form, part) for part in _parts(text)):
+            return text  # itself: no copy
+        if len(text) <= _PART_CHARS:
+            return unicodedata.normalize(self.form, text)
+        changed = GrowingText()
+        for part in _parts(text):
+            changed.add(unicodedata.normalize(self.form, part))
+        return changed.take()
 
 
 @dataclass(frozen=True)
@@ -196,17 +203,20 @@ def merge_reports(units: Iterable[Sequence[FilterReport]]) -> list[FilterReport]
     return merged
 
 
-def _normal_parts(text: str, form: Literal["NFC", "NFKC"]) -> Iterator[str]:
+def _parts(text: str) -> Iterator[str]:
     """A long text in parts, for normalizing takes many times the memory of what it is given.
 
     No ASCII character joins what is before it in these forms, so a part may begin with one.
     """
+    if len(text) <= _PART_CHARS:
+        yield text
+        return
     start = 0
     while start < len(text):
         end = start + _PART_CHARS
         found = _ASCII.search(text, end)
         end = found.start() if found else len(text)
-        yield unicodedata.normalize(form, text[start:end])
+        yield text[start:end]
         start = end
 
 

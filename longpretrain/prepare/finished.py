@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 from longpretrain.data.manifest import (
@@ -53,6 +55,8 @@ def find_finished(
             Corpus.open(folder, verify="sha256")
     except InputError:
         return None  # damaged: write it again
+    if not all(map(_lists_problems, folders, manifests)):
+        return None
     return manifests[0]
 
 
@@ -73,6 +77,20 @@ def combined(digests: Sequence[str]) -> str:
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
+
+
+def _lists_problems(folder: Path, manifest: Manifest) -> bool:
+    """Whether problems.jsonl is what the manifest says of it."""
+    path = folder / PROBLEMS
+    if not manifest.problems:
+        return not path.exists()
+    try:
+        with path.open("rb") as file:
+            first = [json.loads(line) for line in islice(file, len(manifest.first_problems))]
+            count = len(first) + sum(1 for _ in file)
+    except (OSError, ValueError):
+        return False
+    return (first, count) == (list(manifest.first_problems), manifest.problems)
 
 
 def _folders(out: Path) -> list[Path]:
