@@ -168,10 +168,6 @@ def _prepare(options: argparse.Namespace) -> int:
     from longpretrain.prepare.rank_crew import find_place
 
     place = find_place(options.workers)
-
-    def say(text: str) -> None:
-        print(f"longpretrain prepare: {text}", file=sys.stderr)
-
     with bar("prepare") if place.is_first else contextlib.nullcontext() as progress:
         manifest = prepare(
             options.inputs,
@@ -187,13 +183,17 @@ def _prepare(options: argparse.Namespace) -> int:
             stdin_format=options.stdin_format,
             restart=options.restart,
             progress=progress,
-            say=say,
+            say=_say,
             place=place,
         )
     if place.is_first:
         for line in _summary(options.out, manifest.split):
             print(line)
     return 0
+
+
+def _say(text: str) -> None:
+    print(f"longpretrain prepare: {text}", file=sys.stderr)
 
 
 def _summary(out: Path, split: str) -> Iterable[str]:
@@ -288,6 +288,7 @@ def _train_tokenizer(options: argparse.Namespace) -> int:
             Path(scratch),
             stdin_format=options.stdin_format,
             progress=progress,
+            warn=_say,
         )
         trained = train_tokenizer(texts, options.train_tokenizer, options.vocab_size, options.out)
     print(

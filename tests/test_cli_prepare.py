@@ -148,3 +148,15 @@ def test_what_cannot_be(place, capsys, monkeypatch, words, message):
     before = sorted(place.rglob("*"))
     assert message in told(capsys, *words)
     assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "more", [["--out", "out"], ["--train-tokenizer", "bpe", "--vocab-size", "270", "--out", "out"]]
+)
+def test_what_is_left_out_is_said(place, capsys, more):
+    (place / "more").mkdir()
+    (place / "more" / "a.txt").write_text("the hat and the cat " * 50, encoding="utf-8")
+    (place / "more" / "b.xz").write_text("", encoding="utf-8")
+    assert exit_code("prepare", "more", *more) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert line.startswith("longpretrain prepare: left out a file of other kinds (1 .xz); wanted")

@@ -89,6 +89,22 @@ class TestUnicode:
             kept, _ = run([f"unicode={name}"], [text])
         assert kept == [unicodedata.normalize(name.upper(), text)]
 
+    def test_what_is_normal_is_not_copied(self, monkeypatch):
+        monkeypatch.setattr(filters_module, "_PART_CHARS", 2)
+        document = Document("é plain \U0001f600", "p")
+        text = document.text
+        work = Filters.parse(["unicode=nfkc"]).start()
+        assert work.clean(document).text is text
+        assert work.reports[0].changed == 0
+
+    def test_the_first_change_is_shown_of_a_text_in_parts(self, monkeypatch):
+        monkeypatch.setattr(filters_module, "_PART_CHARS", 4)
+        text = "plain é " * 100 + "e\u0301 and on, e\u0301 too"
+        kept, [report] = run(["unicode=nfc"], [text])
+        assert kept == [unicodedata.normalize("NFC", text)]
+        [example] = report.examples
+        assert example.text == text[760:840]
+
     def test_no_ascii_character_joins_what_is_before_it(self):
         """What the cut into parts rests on: no pair of this Unicode that composes ends with one."""
         composing = [

@@ -1,15 +1,24 @@
-"""Freed memory goes back to the system, where there is a way."""
+"""Large texts in little memory; freed memory goes back to the system, where there is a way."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from longpretrain.prepare.memory import trim
+from longpretrain.prepare import memory
+from longpretrain.prepare.memory import GrowingText, trim
+
+# The ends of each width of a text: ASCII, Latin, two bytes, four; and halves of pairs.
+CHARACTERS = "a\x7f\x80é\xff\u0100д€\ud800\udfff\uffff\U00010000😀\U0010ffff"
+PARTS = st.lists(st.text(st.sampled_from(CHARACTERS), max_size=4), max_size=8)
 
 
 def resident_bytes() -> int:
@@ -35,3 +44,52 @@ def test_another_c_library(monkeypatch: pytest.MonkeyPatch, error: type[Exceptio
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     trim()
+
+
+class TestGrowingText:
+    @settings(max_examples=500)
+    @given(parts=st.one_of(PARTS, st.lists(st.text())))
+    def test_is_what_join_makes(self, parts: list[str]) -> None:
+        """Down to how Python holds it, on which comparing and hashing rest."""
+        text = GrowingText()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory, "_PART_BYTES", 3)
+            patch.setattr(memory, "_TRIM_BYTES", 9)
+            for part in parts:
+                text.add(part)
+            found = text.take()
+        joined = "".join(parts)
+        assert found == joined
+        assert hash(found) == hash(joined)
+        assert {found: 1}[joined] == 1
+        assert sys.getsizeof(found) <= sys.getsizeof(joined)
+        assert found.isascii() == joined.isascii()
+
+    def test_no_one_else_holds_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Else it would never be freed."""
+        monkeypatch.setattr(memory, "_PART_BYTES", 3)
+        text = GrowingText()
+        for part in ("a", "😀", "д", "plain"):
+            text.add(part)
+        found = text.take()
+        assert sys.getrefcount(found) == 2  # the name and the argument
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="measures what glibc keeps")
+@pytest.mark.parametrize("wide_at", [0, 30])
+def test_a_wide_text_takes_little_besides_itself(wide_at: int) -> None:
+    """30 MiB, four times that as a text, wherever its wide character is."""
+    program = f"""
+import re
+from pathlib import Path
+from longpretrain.prepare.memory import GrowingText
+told = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+text, before = GrowingText(), told()
+for number in range(31):
+    text.add("\\U0001f600" if number == {wide_at} else "x" * (1 << 20))
+whole = text.take()
+assert len(whole) == (30 << 20) + 1
+print(told() - before)
+"""
+    out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    assert 4 * 30 <= int(out.stdout) / 1024 < 4 * 30 + 20

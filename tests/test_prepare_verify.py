@@ -271,6 +271,12 @@ class TestDamage:
         shutil.copytree(plain, folder / "valid")
         self.refused(folder, "do not agree about split")
 
+    @pytest.mark.parametrize("name", ["empty_documents", "mended_documents"])
+    def test_a_count_that_one_side_tells_otherwise(self, copy, split, name):
+        folder = copy(split)
+        edit(folder / "valid", **{name: manifest(folder / "valid")[name] + 1})
+        self.refused(folder, f"do not agree about {name}")
+
     def test_no_corpus(self, tmp_path):
         self.refused(tmp_path, "got no manifest.json")
         self.refused(tmp_path / "absent", "got no such folder")

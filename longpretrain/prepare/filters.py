@@ -85,15 +85,26 @@ class _UnicodeForm:
     name: str
     form: Literal["NFC", "NFKC"]
 
-    def __call__(self, text: str) -> str:
-        if all(unicodedata.is_normalized(self.form, part) for part in _parts(text)):
-            return text  # itself: no copy
-        if len(text) <= _PART_CHARS:
-            return unicodedata.normalize(self.form, text)
-        changed = GrowingText()
-        for part in _parts(text):
-            changed.add(unicodedata.normalize(self.form, part))
-        return changed.take()
+    def changes(self, text: str) -> bool:
+        return not all(unicodedata.is_normalized(self.form, part) for part in _parts(text))
+
+    def change(self, document: Document) -> str:
+        """Changes a text of which not all is normal; returns where that begins, as it was.
+
+        In little memory: the old text goes before the new one is put together.
+        """
+        changed, example = GrowingText(), ""
+        at = 0
+        for part in _parts(document.text):
+            normal = unicodedata.normalize(self.form, part)
+            if not example and normal != part:
+                start = max(0, at + _first_difference(normal, part) - EXAMPLE_CHARS // 2)
+                example = document.text[start : start + EXAMPLE_CHARS]
+            changed.add(normal)
+            at += len(part)
+        document.text = ""
+        document.text = changed.take()
+        return example
 
 
 @dataclass(frozen=True)
@@ -170,14 +181,11 @@ class FilterRun:
         self._duplicates = self.reports[-1] if filters.deduplicate else None
 
     def clean(self, document: Document) -> Document:
-        """Before tokenizing: the document as the tokenizer is to see it."""
+        """Before tokenizing: the same document, its text as the tokenizer is to see it."""
         for filter_, report in self._texts:
             report.seen += 1
-            text = filter_(document.text)
-            if text != document.text:
-                start = max(0, _first_difference(text, document.text) - EXAMPLE_CHARS // 2)
-                report.change(document.place, document.text[start : start + EXAMPLE_CHARS])
-                document = Document(text, document.place, document.mended)
+            if filter_.changes(document.text):
+                report.change(document.place, filter_.change(document))
         return document
 
     def keep(self, document: Document, tokens: int) -> bool:

@@ -162,6 +162,7 @@ class _Job:
             documents=self.read.documents,
             max_document_bytes=self.read.max_document_bytes,
             stdin=stdin,
+            warn=self.say,
         )
 
     def finished(self, files: Sequence[InputFile], settings: Settings) -> Manifest | None:

@@ -7,7 +7,7 @@ import ctypes
 from collections import deque
 
 _PART_BYTES = 1 << 20
-_TRIM_BYTES = 1 << 24
+_TRIM_BYTES = 1 << 22
 
 # Bytes of UTF-8 below the first that needs it -> the highest character of a text as wide.
 _WIDTHS = ((bytes(range(0xF0)), 0x10FFFF), (bytes(range(0xC4)), 0xFFFF), (b"", 0xFF))

@@ -21,6 +21,7 @@ def read_texts(
     *,
     stdin_format: Kind = "txt",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> Iterator[str]:
     """Texts, cleaned by the filters of text; those of tokens do not count here.
 
@@ -31,6 +32,7 @@ def read_texts(
         scratch: a folder for standard input.
         stdin_format: what standard input holds.
         progress: is told (bytes done, bytes in all).
+        warn: is told what of the inputs is left out.
 
     Raises:
         InputError: as for ``prepare``.
@@ -43,6 +45,7 @@ def read_texts(
         documents=options.documents,
         max_document_bytes=options.max_document_bytes,
         stdin=stdin,
+        warn=warn,
     )
     total = sum(file.bytes for file in files)
     done = 0

@@ -11,6 +11,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -282,7 +283,8 @@ def _check_pair(folder: Path, folders: Sequence[Path], manifests: Sequence[Manif
     said = f"{folder}: {found} of {VALID}/ with the tokens of one in {TRAIN}/"
     if not train.split and not valid.split:  # prepared one by one
         return [said]
-    same = ("inputs_digest", "tokenizer_fingerprint", "problems", "filters", "sources")
+    own = {"split", "documents", "tokens", "shards"}
+    same = [field.name for field in fields(Manifest) if field.name not in own]
     differing = [name for name in same if getattr(train, name) != getattr(valid, name)]
     if (train.split, valid.split) != (TRAIN, VALID):
         differing = ["split"]
