@@ -15,7 +15,7 @@ from longpretrain.prepare.documents import ReadOptions
 from longpretrain.prepare.inputs import InputFile, Piece
 from longpretrain.prepare.unusable import UnusableError
 
-UNIT_BYTES = 32 << 20
+UNIT_BYTES = 16 << 20
 
 _UNPACKED = 4  # bytes of text that a packed byte is counted as
 _OPENING_BYTES = 1 << 12  # what a file costs besides its text, so that a unit has not too many
