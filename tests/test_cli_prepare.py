@@ -120,6 +120,7 @@ TRAIN = ["in", "--out", "out", "--train-tokenizer", "bpe", "--vocab-size", "300"
         (["--out", "out"], "INPUT: got nothing"),
         (["in", "--out", "out", "--valid", "2"], "valid: got 2; wanted a share"),
         (["-", "--out", "/"], "out /: got the root of all folders"),
+        (["-", "--out", "/proc"], "out /proc: got a mount point"),
         (["in", "--out", "out", "--filter", "lower"], "filter lower: got 'lower'; wanted unicode"),
         (["in", "--out", "out", "--on-error", "ignore"], "--on-error: got 'ignore'; wanted one of"),
         (["in", "--out", "out", "--max-document-mb", "0"], "--max-document-mb: got 0; wanted 1"),

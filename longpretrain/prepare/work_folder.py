@@ -117,9 +117,14 @@ def work_path(target: Path) -> Path:
     """Where a corpus is made: beside it, on the same disk.
 
     Raises:
-        InputError: nothing can be beside the root.
+        InputError: nothing can be beside the root, or beside a mount point on its disk.
     """
     name = target.name
+    if name and target.is_mount():
+        raise InputError(
+            f"out {target}", got="a mount point, which no finished folder can be renamed to",
+            wanted="a new or empty folder", way_out=f"Choose one in it: --out {target / 'corpus'}.",
+        )  # fmt: skip
     if not name:
         raise InputError(
             f"out {target}", got="the root of all folders", wanted="a new or empty folder",
