@@ -42,6 +42,8 @@ if __name__ == "__main__":
     def end(number, frame):
         raise SystemExit(128 + number)
     signal.signal(signal.SIGTERM, end)
+    # What runs in the background of a script inherits that SIGINT is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare([inputs], out, progress=progress, say=say, **options)
     print("done", flush=True)
 """

@@ -131,6 +131,12 @@ def wait_until(found, timeout_s=60):
 
 
 class TestPlace:
+    @pytest.fixture(autouse=True)
+    def nothing_started_us(self, monkeypatch):
+        """A test before this one may have joined a group in this process."""
+        for name in set(os.environ) - set(rank_environment()):
+            monkeypatch.delenv(name)
+
     @pytest.mark.parametrize("workers", [0, -1])
     def test_too_few_workers(self, workers):
         with pytest.raises(InputError, match=f"workers: got {workers}; wanted 1 or more"):
