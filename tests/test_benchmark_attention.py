@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from benchmark_scripts import scripts_importable
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SHAPE = {"tokens": 4096, "heads": 12, "attention_window": 512}
 CALLS = ("forward", "forward+backward")
 
 
-@contextlib.contextmanager
-def _scripts_importable() -> Iterator[None]:
-    """Scripts of one folder import each other by bare names, as Python lets the started one do."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-with _scripts_importable():
+with scripts_importable():
     import attention as benchmark
     import attention_arguments
     import attention_cells

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,23 +12,14 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import make_case
+from benchmark_scripts import BENCHMARKS, scripts_importable
 
 from longpretrain.attention import AttentionPattern
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ROOT / "benchmarks"
 
 
-@contextlib.contextmanager
-def _scripts_importable() -> Iterator[None]:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-with _scripts_importable():
+with scripts_importable():
     import gpu
     import gpu_bridge
     import gpu_checks

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmark_scripts import scripts_importable
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-@contextlib.contextmanager
-def _scripts_importable() -> Iterator[None]:
-    """Scripts of one folder import each other by bare names, as Python lets the started one do."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-with _scripts_importable():
+with scripts_importable():
     import prepare as benchmark
     import prepare_measure
     import prepare_peers
