@@ -109,6 +109,8 @@ class OptimConfig:
     """Parameters whose name contains one of these are not decayed, such as bias or LayerNorm."""
     clip_norm: float = 0.0
     """Largest norm of the whole gradient; 0 does not clip."""
+    max_skipped: int = 20
+    """Updates in a row with a non-finite loss or gradient, all skipped, that stop the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +147,31 @@ class CheckpointConfig:
     """Minutes between checkpoints, beside every_steps. 0: off."""
     keep: int = 3
     """Newest checkpoints that stay on disk; 0 keeps all."""
+    keep_every_steps: int = 0
+    """Checkpoints of steps that are a multiple of this stay for good, beside keep. 0: none."""
+    asynchronous: bool = True
+    """Write checkpoints while training goes on; it needs host memory for a copy of this rank's
+    share. false: the ranks wait until one is written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchdogConfig:
+    """When a run that lost a rank, or stands still, is ended."""
+
+    dead_after_s: float = 10.0
+    """Seconds without a sign of life after which a rank counts as dead."""
+    hung_after_s: float = 1800.0
+    """Seconds without progress after which the run ends with the stacks of all ranks. 0: never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """Which implementation runs where there are several; attention has its own key in model."""
+
+    layer_norm: Literal["auto", "torch", "apex"] = "auto"
+    """auto: NVIDIA apex's fused layer norm on a GPU if it is installed, else torch's."""
+    adam: Literal["auto", "torch", "apex"] = "auto"
+    """auto: torch's AdamW, whose bits are the same after a resume."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +218,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -221,6 +250,13 @@ MAY_CHANGE = (
     "checkpoint.every_steps",
     "checkpoint.every_minutes",
     "checkpoint.keep",
+    "checkpoint.keep_every_steps",
+    "checkpoint.asynchronous",
+    "optim.max_skipped",
+    "watchdog.dead_after_s",
+    "watchdog.hung_after_s",
+    "kernels.layer_norm",
+    "kernels.adam",
     "evaluate.every_steps",
     "evaluate.batches",
     "log.every_steps",
@@ -302,6 +338,8 @@ def _check_signs(config: Config) -> None:
         "schedule.total_steps": config.schedule.total_steps,
         "log.every_steps": config.log.every_steps,
         "optim.eps": config.optim.eps,
+        "optim.max_skipped": config.optim.max_skipped,
+        "watchdog.dead_after_s": config.watchdog.dead_after_s,
         "schedule.power": config.schedule.power,
     }
     for key, value in positive.items():
@@ -319,6 +357,8 @@ def _check_signs(config: Config) -> None:
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.every_minutes": config.checkpoint.every_minutes,
         "checkpoint.keep": config.checkpoint.keep,
+        "checkpoint.keep_every_steps": config.checkpoint.keep_every_steps,
+        "watchdog.hung_after_s": config.watchdog.hung_after_s,
         "evaluate.every_steps": config.evaluate.every_steps,
         "evaluate.batches": config.evaluate.batches,
     }

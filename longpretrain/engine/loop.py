@@ -8,6 +8,7 @@ on how the batch was cut into ranks and micro-batches.
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,10 +30,11 @@ from longpretrain.ranks import Ranks
 from longpretrain.report.metrics import MetricsLog
 from longpretrain.schedule import hidden_dropout_seed, learning_rate
 
-MAX_SKIPPED_IN_A_ROW = 20
-
 Evaluate = Callable[[ZeroEngine], tuple[float, int]]
 """Scores held-out data with all ranks: (summed nats, masked tokens), the same on each."""
+
+Mark = Callable[[str], None]
+"""Takes what a rank does next, such as "step 12: batch"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,9 @@ class _Update:
     masked_tokens: int
     tokens: int
     stop_asked: bool
+    rank_seconds: list[float]
+    """By rank: what it spent waiting for its batches and on its forward passes, in which (but for
+    ZeRO 3) it waits for no other rank. On a GPU the passes count as the host sees them."""
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
@@ -103,6 +108,7 @@ def train(
     stop: StopRequest,
     resume_from: Path | None = None,
     evaluate: Evaluate | None = None,
+    mark: Mark = lambda what: None,
 ) -> Outcome:
     """Runs updates until the schedule ends or a signal asks to stop, then leaves a checkpoint.
 
@@ -118,6 +124,7 @@ def train(
         stop: the signals so far; the ranks agree on it at the end of every update.
         resume_from: the checkpoint that the weights are of; None starts at step 0.
         evaluate: scores held-out data every ``evaluate.every_steps`` updates.
+        mark: told what this rank is about to do; who watches over the ranks sees that they go on.
 
     Raises:
         InputError: the batch does not divide, or a checkpoint lacks a moment.
@@ -134,23 +141,28 @@ def train(
         while progress.step < total:
             step = progress.step + 1
             started = time.monotonic()
+            mark(f"step {step}: batch")
             micro_batches = batches.get(step)
             waited_s = time.monotonic() - started
             torch.manual_seed(hidden_dropout_seed(config.run.seed, step, ranks.rank))
             rate = learning_rate(step, config.optim.lr, config.schedule)
             engine.set_learning_rate(rate)
-            update = _update(engine, task, micro_batches, device, stop)
+            mark(f"step {step}: forward and backward")
+            update = _update(engine, task, micro_batches, device, stop, waited_s=waited_s)
             progress.advance(config, applied=update.result.applied)
             more: dict[str, object] = {"lr": rate, "data_wait_s": waited_s}
+            more |= _slowest(update.rank_seconds)
             if config.log.sample_ids:
                 more["sample_ids"] = _gather_sample_ids(task, micro_batches)
             more["step_s"] = time.monotonic() - started
             _log_update(metrics, task, progress, update, more)
             skipped_in_a_row = 0 if update.result.applied else skipped_in_a_row + 1
-            _check_skipped(skipped_in_a_row, step)
+            _check_skipped(skipped_in_a_row, step, config.optim.max_skipped)
             if evaluate and _is_due(step, config.evaluate.every_steps, total):
+                mark(f"step {step}: evaluation")
                 _log_evaluation(metrics, step, evaluate, engine)
             if update.stop_asked or _checkpoint_due(config, step, saved_at):
+                mark(f"step {step}: checkpoint")
                 _save(config, engine, task, progress, metrics)
                 saved_step, saved_at = step, time.monotonic()
             if update.stop_asked and step < total:
@@ -192,6 +204,8 @@ def _update(
     micro_batches: list[Batch],
     device: torch.device,
     stop: StopRequest,
+    *,
+    waited_s: float,
 ) -> _Update:
     """One update over all micro-batches of all ranks."""
     count, tokens = _sum_over_ranks(
@@ -203,22 +217,42 @@ def _update(
     )
     count = max(count, 1.0)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    own_s = waited_s
     for number, batch in enumerate(micro_batches, start=1):
         on_device = {key: x.to(device, non_blocking=True) for key, x in batch.items()}
+        began = time.monotonic()
         loss = task.loss(engine, on_device)
+        own_s += time.monotonic() - began
         loss_sum += loss.detach().double()
         engine.backward(loss / count)
         if number < len(micro_batches):
             engine.micro_step()
     result = engine.step()
-    nats, stops = _sum_over_ranks([float(loss_sum), float(stop.asked)], device)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    seconds = [own_s if number == rank else 0.0 for number in range(ranks)]
+    nats, stops, *rank_seconds = _sum_over_ranks(
+        [float(loss_sum), float(stop.asked), *seconds], device
+    )
     return _Update(
         loss=nats / count,
         result=result,
         masked_tokens=int(count),
         tokens=int(tokens),
         stop_asked=stops > 0,
+        rank_seconds=rank_seconds,
     )
+
+
+def _slowest(rank_seconds: list[float]) -> dict[str, object]:
+    """Which rank the others wait for, and for how long; nothing to tell of one rank."""
+    if len(rank_seconds) < 2:
+        return {}
+    slowest = max(range(len(rank_seconds)), key=rank_seconds.__getitem__)
+    return {
+        "slowest_rank": slowest,
+        "slowest_rank_s": rank_seconds[slowest],
+        "median_rank_s": statistics.median(rank_seconds),
+    }
 
 
 def _sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
@@ -258,8 +292,8 @@ def _is_due(step: int, every: int, total: int) -> bool:
     return bool(every) and (step % every == 0 or step == total)
 
 
-def _check_skipped(in_a_row: int, step: int) -> None:
-    if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+def _check_skipped(in_a_row: int, step: int, most: int) -> None:
+    if in_a_row >= most:
         raise FloatingPointError(
             f"gradient: got {in_a_row} updates in a row with a non-finite one, to step {step}; "
             "wanted finite ones. None reached the weights: lower optim.lr, set optim.clip_norm or "

@@ -37,6 +37,7 @@ DETERMINISTIC = (
 the run began."""
 MEASURED = (
     "time", "step_s", "tokens_per_s", "data_wait_s", "memory_peak_mb", "mfu", "evaluation_s",
+    "slowest_rank", "slowest_rank_s", "median_rank_s",
 )  # fmt: skip
 """Fields that a clock or a device gave: time in seconds since 1970, memory in 10^6 bytes."""
 
