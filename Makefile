@@ -15,7 +15,7 @@ SANITIZED := build/sanitize
 EMULATED := build/emulated
 SANITIZERS := UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=max_malloc_fill_size=1073741824:malloc_fill_byte=255
 
-.PHONY: help setup demo test exactness golden check sanitize sanitize-quick emulate emulate-sanitized cuda-budgets cuda-check mutate gpu-check benchmark-peers lock clean
+.PHONY: help setup demo test exactness golden check sanitize sanitize-quick emulate emulate-sanitized cuda-budgets cuda-check mutate gpu-check benchmark-peers openmpi pypi-apex lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -27,6 +27,8 @@ demo: setup  ## the main job on real text: short model -> 4,096 tokens -> pretra
 	python -m longpretrain.demo
 
 test: setup check sanitize-quick emulate emulate-sanitized cuda-budgets  ## everything a 2-core CPU machine can check
+	@$(MAKE) --no-print-directory openmpi || echo "make test: no Open MPI here; its tests are skipped" >&2
+	@$(MAKE) --no-print-directory pypi-apex || echo "make test: no apex of PyPI here; its tests are skipped" >&2
 	python -m pytest
 
 exactness: setup  ## every trainer, stage, rank count, resume and launcher compared; writes docs/exactness.md (18 minutes on two cores)
@@ -111,11 +113,26 @@ $(PEERS)/.done: install/benchmarks.lock | $(VENV)/.done
 	$(INSTALL) --no-deps --require-hashes --target $(PEERS) -r $<
 	touch $@
 
+# In a folder of its own as well: both MPIs install bin/mpirun, and MPICH's is the environment's. A
+# machine that cannot get it is told so in a line, and the tests that want it are skipped.
+OPENMPI := build/openmpi
+openmpi: $(OPENMPI)/.done  ## a second MPI, for the tests of ranks that its mpirun starts
+$(OPENMPI)/.done: install/openmpi.lock | $(VENV)/.done
+	$(INSTALL) --no-deps --require-hashes --target $(OPENMPI) -r $<
+	touch $@
+
+PYPI_APEX := build/pypi-apex
+pypi-apex: $(PYPI_APEX)/.done  ## what PyPI calls apex, for the tests that it is not taken for NVIDIA's
+$(PYPI_APEX)/.done: install/pypi-apex.lock | $(VENV)/.done
+	$(INSTALL) --no-deps --no-build-isolation --require-hashes --target $(PYPI_APEX) -r $<
+	touch $@
+
 COMPILE = VIRTUAL_ENV="$(CURDIR)/$(VENV)" UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(UV) pip compile -q --generate-hashes \
 	--python-version 3.11 --no-emit-find-links --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 lock:  ## resolve install/*.in again into the hashed locks
 	$(COMPILE) --no-emit-package torch install/requirements.in -o install/requirements.lock
 	$(COMPILE) --constraints install/requirements.lock install/benchmarks.in -o install/benchmarks.lock
+	$(COMPILE) install/openmpi.in -o install/openmpi.lock
 
 clean:  ## remove what the targets made: the environment, the library, caches, the demo's run
 	rm -rf $(VENV) build longpretrain/attention/_kernels.so .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo

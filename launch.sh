@@ -2,8 +2,11 @@
 ''':'
 # launch.sh RECIPE [key=value ...] [--fresh] [--dry-run]    starts all ranks of `longpretrain train`
 #   RANKS=2           how many (default: one per GPU; one without GPUs; in a Slurm allocation its tasks)
-#   LAUNCHER=...      deepspeed (default), torchrun, mpirun, srun (default in a Slurm allocation)
+#   LAUNCHER=...      deepspeed (default), torchrun, mpirun, srun (default in a Slurm allocation), or
+#                     sbatch: submits slurm/pretrain.sbatch with the options of slurm/env.sh
 #   MASTER_PORT=...   where ranks meet (default: a free port)
+# --dry-run prints the command (and the script that sbatch would get), then the recipe as resolved.
+# USR1, USR2 and TERM stop a run, which leaves a checkpoint.
 # A rank that a launcher starts runs this same file as Python: see below. A Slurm step with a terminal and
 # one task (the shell of salloc or srun --pty) starts ranks; any other step (srun -n2 ./launch.sh) is a rank.
 set -euo pipefail
@@ -18,15 +21,33 @@ fi
 for mark in LONGPRETRAIN_LAUNCHER LOCAL_RANK SLURM_STEP_ID PMI_RANK PMIX_RANK OMPI_COMM_WORLD_RANK; do
     [[ -n ${!mark:-} ]] || continue
     [[ -z ${RANKS:-} ]] || export LONGPRETRAIN_WORLD_SIZE=${LONGPRETRAIN_WORLD_SIZE:-$RANKS}
+    trap '' USR1 USR2  # until Python listens; launch.sh sends them again
     exec python -u "$here/launch.sh" "$@"
 done
 
+refuse() { echo "launch.sh: $1" >&2; exit 2; }
 gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
 [[ $gpus -gt 0 ]] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 LAUNCHER=${LAUNCHER:-$([[ -n ${SLURM_JOB_ID:-} ]] && echo srun || echo deepspeed)}
+container=() sbatch_options=()
+if [[ $LAUNCHER == srun || $LAUNCHER == sbatch ]]; then
+    # shellcheck source=slurm/env.sh
+    source "$here/slurm/env.sh"
+    read -ra container <<<"${LONGPRETRAIN_CONTAINER:-}"
+fi
+if [[ $LAUNCHER == sbatch ]]; then
+    [[ -z ${RANKS:-} ]] || refuse "RANKS: got $RANKS with LAUNCHER=sbatch; wanted the tasks of a job. Set sbatch_options in slurm/env.sh."
+    resolved=$(python -m longpretrain train --dry-run "$@")
+    export LONGPRETRAIN_PROJECT=$here
+    start=(sbatch "${sbatch_options[@]}" "$here/slurm/pretrain.sbatch")
+    [[ " $* " == *" --dry-run "* ]] || exec "${start[@]}" "$@"
+    printf '%q ' "${start[@]}" "$@"; echo
+    cat "$here/slurm/pretrain.sbatch"; echo "$resolved"
+    exit
+fi
 [[ $LAUNCHER != srun ]] || RANKS=${RANKS:-${SLURM_NTASKS:-1}}
 RANKS=${RANKS:-$((gpus > 0 ? gpus : 1))}
-[[ $RANKS =~ ^[1-9][0-9]*$ ]] || { echo "launch.sh: RANKS: got $RANKS; wanted 1 or more. Set it, or leave it out." >&2; exit 2; }
+[[ $RANKS =~ ^[1-9][0-9]*$ ]] || refuse "RANKS: got $RANKS; wanted 1 or more. Set it, or leave it out."
 export LONGPRETRAIN_WORLD_SIZE=$RANKS
 threads=${SLURM_CPUS_PER_TASK:-$(($(nproc) > RANKS ? $(nproc) / RANKS : 1))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
@@ -35,39 +56,56 @@ case $LAUNCHER in
     deepspeed) start=(deepspeed --quiet --num_accelerators "$RANKS" --master_port "$port" "$here/launch.sh") ;;
     torchrun) start=(torchrun --nproc-per-node "$RANKS" --master-port "$port" "$here/launch.sh") ;;
     mpirun) start=(mpirun -n "$RANKS" "$here/launch.sh") ;;
-    srun) start=(srun "${overlap[@]}" --kill-on-bad-exit=1 --ntasks "$RANKS" "$here/launch.sh") ;;
-    *) echo "launch.sh: LAUNCHER: got $LAUNCHER; wanted deepspeed, torchrun, mpirun or srun. Choose one, or leave it out." >&2; exit 2 ;;
+    srun) start=(srun "${overlap[@]}" --kill-on-bad-exit=1 --ntasks "$RANKS" "${container[@]}" "$here/launch.sh") ;;
+    *) refuse "LAUNCHER: got $LAUNCHER; wanted deepspeed, torchrun, mpirun, srun or sbatch. Choose one, or leave it out." ;;
 esac
 if [[ " $* " == *" --dry-run "* ]]; then
     printf '%q ' "${start[@]}" "$@"; echo
     exec python -m longpretrain train "$@"
 fi
+asked=
+for signal in INT TERM HUP USR1 USR2; do
+    # shellcheck disable=SC2064  # the name is of now
+    trap "asked=$signal" $signal
+done
 python -m longpretrain train --check "$@" || exit
+[[ -z $asked ]] || { echo "launch.sh: stopped by $asked before the ranks started" >&2; exit 75; }
 export LONGPRETRAIN_LAUNCHER=$LAUNCHER
 
 # deepspeed and torchrun die of USR1 and kill their ranks at TERM: there, what asks to stop goes to the
 # ranks alone, which then leave a checkpoint. All of them are in a process group of their own. mpirun and
 # srun pass USR1 on, but may kill at INT and TERM: they get INT for a second Ctrl-C only.
-set -m
-"${start[@]}" "$@" &
-group=$!
-rank="-u ${here//[^[:alnum:]\/_-]/.}/launch\.sh"
-pass_on=USR1
-# shellcheck disable=SC2329  # the traps call it
-stop() {
+# shellcheck disable=SC2329  # called by the traps
+send() {
+    local rank="-u ${here//[^[:alnum:]\/_-]/.}/launch\.sh"
     case $LAUNCHER in
-        deepspeed) pkill "-$1" -g "$group" -f -- "$rank" || kill -TERM -- "-$group" ;;
-        torchrun) pkill "-$1" -P "$group" -f -- "$rank" || kill -TERM "$group" ;;
+        deepspeed) pkill "-$1" -g "$group" -f -- "$rank" ;;
+        torchrun) pkill "-$1" -P "$group" -f -- "$rank" ;;
         *) kill "-$pass_on" "$group" ;;
     esac
-    [[ $1 != INT ]] || pass_on=INT
 }
-trap 'stop INT' INT
-trap 'stop TERM' TERM HUP
-trap 'stop USR1' USR1
-code=0
+# shellcheck disable=SC2329
+stop() {
+    send "$1" || kill -TERM -- "-$group" 2>/dev/null || true
+    [[ $1 != INT ]] || { pass_on=INT; return; }
+    # A rank that just starts does not listen yet: it is told until it has ended.
+    [[ -n $repeat ]] || { while sleep 2; do send "$1" || true; done 2>/dev/null & repeat=$!; }
+}
+begin() {
+    case $LAUNCHER in deepspeed | torchrun) trap '' USR1 USR2 ;; esac  # srun would not get them at all
+    exec "${start[@]}" "$@"
+}
+set -m
+begin "$@" &
+group=$! pass_on=USR1 repeat='' code=0
+for signal in INT TERM HUP USR1 USR2; do
+    # shellcheck disable=SC2064  # the name is of now
+    trap "stop ${signal/HUP/TERM}" $signal
+done
+[[ -z $asked ]] || stop "$asked"
 wait $group || code=$?
 while kill -0 $group 2>/dev/null; do code=0; wait $group || code=$?; done
+[[ -z $repeat ]] || kill -- "-$repeat"
 exit $code
 # shellcheck disable=SC2317  # the here-document hides the Python part from bash
 : <<'pass'

@@ -6,8 +6,10 @@ something else with them. All functions here are collectives: every rank must ca
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +21,8 @@ from longpretrain.ranks import Ranks
 from longpretrain.terminal import BAD_INPUT, FAILED
 
 T = TypeVar("T")
+_LISTED = 4
+"""Ranks of one value that a message names; on a cluster there may be hundreds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,27 +59,82 @@ def agree(ranks: Ranks, prepare: Callable[[], T]) -> T | Refused:
     return Refused(code=refused[0][1])
 
 
-def need_alike(ranks: Ranks, facts: Mapping[str, str]) -> None:
-    """Refuses ranks that would train different runs together.
+@dataclass(frozen=True, kw_only=True)
+class Fact:
+    """Something about this rank that must be the same on all of them."""
+
+    value: str
+    way_out: str
+    """What to do where it is not."""
+
+
+def need_alike(ranks: Ranks, find: Callable[[], Mapping[str, Fact]]) -> Refused | None:
+    """Refuses ranks that would train different runs together; rank 0 tells all that differs.
 
     Args:
         ranks: this process's place.
-        facts: what this rank is about to do, by the names that a user knows.
-
-    Raises:
-        InputError: a rank's fact is not rank 0's; names both.
+        find: what this rank is about to do, by the names that a user knows.
     """
-    everyone: list[Mapping[str, str]] = [{}] * ranks.world_size
-    dist.all_gather_object(everyone, dict(facts))
-    for rank, theirs in enumerate(everyone):
-        for what, value in everyone[0].items():
-            if theirs.get(what) != value:
-                raise InputError(
-                    what,
-                    got=f"{theirs.get(what)} at rank {rank} and {value} at rank 0",
+    facts = agree(ranks, find)
+    if isinstance(facts, Refused):
+        return facts
+    mine = Told(place=f"process {os.getpid()} on {socket.gethostname()}", facts=facts)
+    everyone: list[Told] = [mine] * ranks.world_size
+    dist.all_gather_object(everyone, mine)
+    found = mismatches(everyone)
+    if ranks.is_first:
+        for error in found:
+            print(f"longpretrain train: {error}", file=sys.stderr, flush=True)
+    return Refused(code=BAD_INPUT) if found else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What one rank tells the others."""
+
+    place: str
+    facts: Mapping[str, Fact]
+
+
+def mismatches(everyone: Sequence[Told]) -> list[InputError]:
+    """One error for each fact that is not the same everywhere, with the ranks that stand alone."""
+    found = []
+    names = dict.fromkeys(name for rank in everyone for name in rank.facts)
+    for name in names:  # of all ranks: another version may know other facts
+        told = [rank.facts.get(name) for rank in everyone]
+        by_value: dict[str, list[int]] = {}
+        for rank, fact in enumerate(told):
+            by_value.setdefault(fact.value if fact else "nothing", []).append(rank)
+        if len(by_value) > 1:
+            found.append(
+                InputError(
+                    name,
+                    got=_who_has_what(by_value, everyone),
                     wanted="the same on every rank",
-                    way_out="Start all ranks by one command, in one folder that all nodes see.",
+                    way_out=next(fact for fact in told if fact).way_out,
                 )
+            )
+    return found
+
+
+def _who_has_what(by_value: Mapping[str, Sequence[int]], everyone: Sequence[Told]) -> str:
+    """The values of the odd ranks first; that of more than half the ranks needs no list of them.
+
+    Without such a majority nobody knows who is right: all are listed, rank 0 last.
+    """
+    groups = sorted(by_value.items(), key=lambda group: (len(group[1]), 0 in group[1]))
+    texts = []
+    for value, ranks in groups:
+        is_majority = 2 * len(ranks) > len(everyone)
+        who = f"the other {len(ranks)} ranks" if is_majority else _listed(ranks, everyone)
+        texts.append(f"{value} at {who}")
+    return f"{', '.join(texts[:-1])} and {texts[-1]}"
+
+
+def _listed(ranks: Sequence[int], everyone: Sequence[Told]) -> str:
+    shown = [f"rank {rank} ({everyone[rank].place})" for rank in ranks[:_LISTED]]
+    more = len(ranks) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def need_shared(ranks: Ranks, path: Path) -> None:

@@ -174,6 +174,10 @@ def _add_train(verbs: Verbs) -> None:
     only.add_argument("--check", action="store_true", help="check the inputs and stop")
     only.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     only.add_argument("--print-run-dir", action="store_true", help="print the run folder and stop")
+    # For slurm/pretrain.sbatch: requeue.py says what they do.
+    only.add_argument("--attempt-begins", action="store_true", help=argparse.SUPPRESS)
+    only.add_argument("--attempt-ended", type=int, metavar="CODE", help=argparse.SUPPRESS)
+    parser.add_argument("--was-warned", action="store_true", help=argparse.SUPPRESS)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -189,6 +193,13 @@ def _train(options: argparse.Namespace) -> int:
 
         print(yaml.safe_dump(to_tree(config), sort_keys=False), end="")
         return 0
+    if options.attempt_begins or options.attempt_ended is not None:
+        from longpretrain import requeue
+
+        if options.attempt_begins:
+            return requeue.begin(config, fresh=options.fresh, environment=os.environ)
+        code, warned = options.attempt_ended, options.was_warned
+        return requeue.end(config, code, warned=warned, environment=os.environ)
     from longpretrain import training
 
     if options.check:

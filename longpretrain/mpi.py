@@ -6,13 +6,22 @@ started this process.
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from longpretrain.errors import InputError
+
+_LIBRARY = "MPI4PY_LIBMPI"
+"""mpi4py's own variable: the MPI library to load."""
+_OPEN_MPI = "libmpi.so.40"
+"""Open MPI's name for its library, versions 3 to 5; MPICH's is another."""
 _POLL_S = 0.005
 """Between two looks for a message: MPI's own waiting would keep a core busy."""
 
@@ -30,9 +39,12 @@ class World:
 
 
 def world() -> World:
-    """Joins the other ranks. A collective: every rank must call it."""
-    from mpi4py import MPI
+    """Joins the other ranks. A collective: every rank must call it.
 
+    Raises:
+        InputError: mpi4py, or the MPI library that it needs, is not here.
+    """
+    MPI = _start()
     everyone = MPI.COMM_WORLD
     local = everyone.Split_type(MPI.COMM_TYPE_SHARED)
     found = World(
@@ -48,9 +60,42 @@ def world() -> World:
 
 def from_rank_0(value: Any) -> Any:
     """Rank 0's value, on every rank. A collective."""
-    from mpi4py import MPI
+    return _start().COMM_WORLD.bcast(value, root=0)
 
-    return MPI.COMM_WORLD.bcast(value, root=0)
+
+def _start() -> Any:
+    """mpi4py's MPI; the first import of it starts MPI."""
+    found = library_of_open_mpi(os.environ)
+    if found:
+        os.environ[_LIBRARY] = found
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # the latter: no library that it could load
+        raise InputError(
+            "MPI of the launcher",
+            got=" ".join(str(error).split()),
+            wanted="mpi4py and the library of that MPI",
+            way_out="Install mpi4py, and name the MPI's libmpi.so in "
+            f"{_LIBRARY}; or start ranks another way, such as LAUNCHER=torchrun ./launch.sh.",
+        ) from error
+    return MPI
+
+
+def library_of_open_mpi(environment: Mapping[str, str]) -> str:
+    """Where to load Open MPI from if its mpirun started us and nobody has said where, else "".
+
+    mpi4py takes the first MPI that it finds, such as the MPICH of our own environment, and another
+    MPI's library ends the process. Several paths, with ``:`` between, are tried in turn.
+    """
+    if "OMPI_COMM_WORLD_RANK" not in environment or environment.get(_LIBRARY):
+        return ""
+    prefixes = [environment.get(name, "") for name in ("OPAL_PREFIX", "PMIX_PREFIX")]
+    for folder in environment.get("PATH", "").split(os.pathsep):
+        program = shutil.which("ompi_info", path=folder)
+        prefixes += [str(Path(program).resolve().parents[1])] if program else []
+    files = [Path(p) / lib / _OPEN_MPI for p in prefixes if p for lib in ("lib", "lib64")]
+    found = dict.fromkeys(str(path) for path in files if path.is_file())
+    return os.pathsep.join([*found, _OPEN_MPI])  # the last: wherever the system's loader looks
 
 
 class Team:
@@ -62,9 +107,7 @@ class Team:
     """
 
     def __init__(self, *, counters: int) -> None:
-        from mpi4py import MPI
-
-        self._mpi = MPI
+        MPI = self._mpi = _start()
         self._comm = MPI.COMM_WORLD.Dup()
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()

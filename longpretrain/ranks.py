@@ -128,7 +128,26 @@ def _discover(env: Mapping[str, str]) -> Ranks:
         return _from_slurm(env)
     if speaker == _MPI:
         return _from_mpi(env)
+    _refuse_alone_in_a_job_of_many(env)
     return Ranks()
+
+
+def _refuse_alone_in_a_job_of_many(env: Mapping[str, str]) -> None:
+    """Slurm gave several tasks or nodes, and this is none of them: it was started without srun.
+
+    It would train as a world of one and leave the rest of the allocation idle.
+    """
+    sizes = {name: _number(env, name, 1) for name in ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES")}
+    wanted = max(sizes.values())
+    if "SLURM_JOB_ID" in env and EXPECTED_WORLD_SIZE not in env and wanted > 1:
+        raise InputError(
+            "world size",
+            got=f"1, in a Slurm job of {sizes['SLURM_NTASKS']} tasks on "
+            f"{sizes['SLURM_JOB_NUM_NODES']} nodes",
+            wanted="a rank for each task",
+            way_out="Start ranks with ./launch.sh or srun; to train alone there on purpose, set "
+            f"{EXPECTED_WORLD_SIZE}=1.",
+        )
 
 
 def _speaker(env: Mapping[str, str]) -> str | None:
@@ -294,8 +313,8 @@ def _from_mpi(env: Mapping[str, str]) -> Ranks:
             "mpirun",
             got=f"{max(size or 0 for size in announced)} ranks by the environment and "
             f"{world.size} by mpi4py",
-            wanted="the mpirun of the MPI that mpi4py was built with",
-            way_out=f"It was built with {world.vendor}: use its mpirun (.venv/bin/mpirun).",
+            wanted=f"the mpirun of {world.vendor}, which mpi4py has loaded",
+            way_out="Use .venv/bin/mpirun, or name the libmpi.so of your mpirun in MPI4PY_LIBMPI.",
         )
     address = "127.0.0.1" if world.is_one_host else socket.gethostbyname(socket.gethostname())
     meeting = (env.get("MASTER_ADDR") or address, _number(env, "MASTER_PORT", free_port()))

@@ -13,12 +13,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from longpretrain import run_facts
 from longpretrain.agreement import Refused, agree, need_alike, need_shared
 from longpretrain.attention import why_not
-from longpretrain.config import Config, flat, to_tree
-from longpretrain.engine import checkpoint, run_folder, zero
+from longpretrain.config import Config
+from longpretrain.engine import candidates, checkpoint, run_folder, zero
+from longpretrain.engine.adam import check_kernels, kernels_in_use
 from longpretrain.engine.loop import Evaluate, accumulation_steps, train
 from longpretrain.engine.signals import StopRequest
+from longpretrain.engine.watchdog import Watchdog, patience
 from longpretrain.engine.zero import ZeroEngine
 from longpretrain.engine.zero_config import check_precision
 from longpretrain.errors import InputError
@@ -27,12 +30,14 @@ from longpretrain.model.encoder import ModelConfig
 from longpretrain.model.folder import CONFIG_NAME, changed, read_config
 from longpretrain.ranks import Ranks, discover
 from longpretrain.report import metrics as journal
+from longpretrain.report.rank_log import RankLog
 from longpretrain.tasks.masked_lm import MaskedLMTask, model_changes
 from longpretrain.tasks.past import check_past
 from longpretrain.tasks.sources import open_corpus, open_mix
 
 DONE, PREEMPTED = 0, 75
 """Exit codes of the train verb, beside those of every verb (terminal.py)."""
+_EXIT_CODES = {"done": DONE, "preempted": PREEMPTED, "failed": 1}
 
 
 def check(config: Config, world_size: int, *, fresh: bool) -> None:
@@ -43,7 +48,9 @@ def check(config: Config, world_size: int, *, fresh: bool) -> None:
         InputError: recipe, model folder, corpora, batch, ds_configs or run folder do not fit.
     """
     device = pick_device(config.run.device, 0)
-    folder, resume_from = _check_settings(config, world_size, device, fresh=fresh)
+    _check_settings(config, world_size, device, fresh=fresh)
+    resume_from = None if fresh else candidates.look(config.run_dir).folder
+    folder = _folder_of_weights(config, resume_from)
     task = MaskedLMTask(config, folder)
     if resume_from:
         _check_same_data(resume_from, task)
@@ -54,12 +61,8 @@ def check(config: Config, world_size: int, *, fresh: bool) -> None:
     task.check_weights(folder)
 
 
-def _check_settings(
-    config: Config, world_size: int, device: torch.device, *, fresh: bool
-) -> tuple[Path, Path | None]:
-    """What needs no model; returns the folder of the weights to start from, twice if it is a
-    checkpoint of this run.
-    """
+def _check_settings(config: Config, world_size: int, device: torch.device, *, fresh: bool) -> None:
+    """What needs no model."""
     if not config.model.path:
         raise InputError(
             "recipe key model.path",
@@ -69,6 +72,7 @@ def _check_settings(
         )
     accumulation_steps(config, world_size)
     check_precision(config, device)
+    check_kernels(config, device.type)
     reason = why_not(config.model.attention_backend)
     if reason:
         raise InputError(
@@ -78,7 +82,10 @@ def _check_settings(
             way_out="Leave it at auto.",
         )
     run_folder.check_run_dir(config, fresh=fresh)
-    resume_from = None if fresh else checkpoint.latest(config.run_dir)
+
+
+def _folder_of_weights(config: Config, resume_from: Path | None) -> Path:
+    """Where the weights to start from are: a checkpoint of this run, or the model."""
     if resume_from:
         _check_same_model(config, resume_from)
     elif not Path(config.model.path).is_dir():
@@ -88,7 +95,7 @@ def _check_settings(
             wanted="a model folder",
             way_out="Check the path; longpretrain convert makes a long model.",
         )
-    return resume_from or Path(config.model.path), resume_from
+    return resume_from or Path(config.model.path)
 
 
 def pick_device(wanted: str, local_rank: int) -> torch.device:
@@ -115,36 +122,42 @@ def run_rank(config: Config, *, fresh: bool) -> int:
     """
     ranks = discover()
     device = pick_device(config.run.device, ranks.local_rank)
-    with StopRequest() as stop:
+    about = f"{ranks.world_size} ranks by {ranks.launcher}"
+    with RankLog(ranks.rank, about) as printed, StopRequest() as stop:
         # A person's Ctrl-C ends the wait for other ranks; a scheduler's signal is kept until there
         # is a checkpoint to leave, or the job would not be requeued.
-        zero.start_ranks(ranks, device, lambda: stop.signal_name == "SIGINT")
-        code = _run_joined(config, ranks, device, stop, fresh=fresh)
+        asked = lambda: stop.signal_name == "SIGINT"  # noqa: E731
+        zero.start_ranks(ranks, device, asked, timeout=patience(config.watchdog))
+        with Watchdog(ranks, config.watchdog) as watchdog:
+            code = _run_joined(
+                config, ranks, device, stop, printed=printed, watchdog=watchdog, fresh=fresh
+            )
         # After an error the group is left to the launcher: leaving it could wait for lost peers.
         zero.stop_ranks()
     return code
 
 
 def _run_joined(
-    config: Config, ranks: Ranks, device: torch.device, stop: StopRequest, *, fresh: bool
+    config: Config,
+    ranks: Ranks,
+    device: torch.device,
+    stop: StopRequest,
+    *,
+    printed: RankLog,
+    watchdog: Watchdog,
+    fresh: bool,
 ) -> int:
-    def prepare() -> _Ready:
-        folder, resume_from = _check_settings(config, ranks.world_size, device, fresh=fresh)
-        return _prepare(config, ranks, device, folder, resume_from)
-
-    ready = agree(ranks, prepare)
+    watchdog.mark("the check of recipe, data and model")
+    ready = _agree_to_start(config, ranks, device, fresh=fresh)
     if isinstance(ready, Refused):
         return ready.code
-    alike = agree(ranks, lambda: need_alike(ranks, _facts(config, ready)))
-    if isinstance(alike, Refused):
-        return alike.code
     if ready.resume_from and _is_done(config, ranks, ready.resume_from):
         return DONE
     with contextlib.ExitStack() as held:
 
         def open_folder() -> journal.MetricsLog:
             if ranks.is_first:
-                _open(config, held, ready.resume_from, fresh=fresh)
+                _open(config, held, ready.choice, fresh=fresh)
             return _metrics(config, ranks, device, ready.task.model_config, ready.resume_from)
 
         log = agree(ranks, open_folder)
@@ -153,9 +166,14 @@ def _run_joined(
         seen = agree(ranks, lambda: need_shared(ranks, config.run_dir / run_folder.CONFIG))
         if isinstance(seen, Refused):
             return seen.code
+        printed.begin(config.run_dir)
+        before = run_folder.how_it_ended(config.run_dir)
         end = held.enter_context(run_folder.status(config, ranks))
         held.enter_context(log)
-        _announce(log, config, ranks, device, ready)
+        watchdog.opened(config.run_dir)
+        held.enter_context(watchdog.telling())
+        watchdog.mark("the start of training")
+        _announce(log, config, ranks, device, ready, before=before)
         outcome = train(
             config,
             ready.task,
@@ -166,21 +184,37 @@ def _run_joined(
             stop=stop,
             resume_from=ready.resume_from,
             evaluate=ready.evaluate,
+            mark=watchdog.mark,
         )
+        watchdog.mark("the end of training")
         end(outcome.state, outcome.reason, outcome.step)
-    return DONE if outcome.state == "done" else PREEMPTED
+    return _EXIT_CODES[outcome.state]
 
 
-def _facts(config: Config, ready: _Ready) -> dict[str, str]:
-    """What must be the same on every rank, by the names that a user knows."""
-    resume_from = ready.resume_from
-    return {
-        **{f"recipe key {key}": repr(value) for key, value in flat(to_tree(config))},
-        "checkpoint to go on from": str(resume_from),
-        "its step": str(checkpoint.read_state(resume_from)["step"] if resume_from else None),
-        **ready.task.identity(),
-        "versions": str(checkpoint.versions()),
-    }
+def _agree_to_start(
+    config: Config, ranks: Ranks, device: torch.device, *, fresh: bool
+) -> _Ready | Refused:
+    """What this rank trains with, once it is known that all others train with the same."""
+
+    def choose() -> candidates.Choice:
+        return candidates.Choice() if fresh else candidates.choose(config.run_dir)
+
+    if odd := need_alike(ranks, lambda: run_facts.of_program(config, device.type, fresh=fresh)):
+        return odd
+    refused = agree(ranks, lambda: _check_settings(config, ranks.world_size, device, fresh=fresh))
+    if isinstance(refused, Refused):
+        return refused
+    if odd := need_alike(ranks, lambda: run_facts.of_checkpoints(config)):
+        return odd
+    choice = agree(ranks, choose)
+    if isinstance(choice, Refused):
+        return choice
+    ready = agree(ranks, lambda: _prepare(config, ranks, device, choice))
+    if isinstance(ready, Refused):
+        return ready
+    task, model, resume_from = ready.task, ready.model, ready.resume_from
+    odd = need_alike(ranks, lambda: run_facts.of_inputs(config, task, model, resume_from))
+    return odd or ready
 
 
 def _is_done(config: Config, ranks: Ranks, checkpoint_folder: Path) -> bool:
@@ -192,23 +226,33 @@ def _is_done(config: Config, ranks: Ranks, checkpoint_folder: Path) -> bool:
         if run_folder.read_status(config.run_dir).get("state") != "done":
             reason = f"all {total} updates"
             run_folder.write_status(config.run_dir, "done", reason=reason, step=step)
+        _mend_pointer(config, checkpoint_folder)
         print(f"{config.run_dir} is done, all {total} updates", flush=True)
     return True
 
 
 def _open(
-    config: Config, held: contextlib.ExitStack, resume_from: Path | None, *, fresh: bool
+    config: Config, held: contextlib.ExitStack, choice: candidates.Choice, *, fresh: bool
 ) -> None:
     moved = held.enter_context(run_folder.opened(config, fresh=fresh))
     if moved:
         print(f"--fresh: the old run was moved to {moved}", flush=True)
-    if checkpoint.latest(config.run_dir) != resume_from:  # read before the folder was locked
+    if not fresh and candidates.seen(config.run_dir) != choice.seen:  # before it was locked
         raise InputError(
             f"run folder {config.run_dir}",
             got="a checkpoint that another process has just written",
             wanted="one writer at a time",
             way_out="Run the command again.",
         )
+    if choice.folder:
+        _mend_pointer(config, choice.folder)
+
+
+def _mend_pointer(config: Config, folder: Path) -> None:
+    """Makes ``latest`` name the checkpoint that was found, for export and evaluation too."""
+    if checkpoint.pointed_at(config.run_dir) != folder.name:
+        with contextlib.suppress(OSError):  # a full disk: the next start finds the same one
+            checkpoint.point_at(config.run_dir, folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,17 +263,22 @@ class _Ready:
     model: torch.nn.Module
     evaluate: Evaluate | None
     folder: Path
-    resume_from: Path | None
+    choice: candidates.Choice
+
+    @property
+    def resume_from(self) -> Path | None:
+        """The checkpoint to go on from."""
+        return self.choice.folder
 
 
 def _prepare(
-    config: Config, ranks: Ranks, device: torch.device, folder: Path, resume_from: Path | None
+    config: Config, ranks: Ranks, device: torch.device, choice: candidates.Choice
 ) -> _Ready:
     """Everything that an input can spoil, before anything is written."""
+    folder = _folder_of_weights(config, choice.folder)
     task = MaskedLMTask(config, folder)
-    if resume_from:
-        checkpoint.verify_files(resume_from, ranks.rank, ranks.world_size)
-        _check_same_data(resume_from, task)
+    if choice.folder:
+        _check_same_data(choice.folder, task)
     elif ranks.is_first:  # once per run: reading every shard takes a while
         open_mix(config, verify="sha256")
         for split in ("train",) * (not config.data.mix) + ("valid",) * bool(config.data.valid):
@@ -241,7 +290,7 @@ def _prepare(
         model=task.build_model(folder),
         evaluate=evaluate,
         folder=folder,
-        resume_from=resume_from,
+        choice=choice,
     )
 
 
@@ -315,6 +364,7 @@ def _metrics(
         total_steps=config.schedule.total_steps,
         resume_from_step=checkpoint.read_state(resume_from)["step"] if resume_from else None,
         every_steps=config.log.every_steps,
+        pause_every_steps=max(config.evaluate.every_steps, config.checkpoint.every_steps),
         tensorboard=config.log.tensorboard,
         is_writer=ranks.is_first,
         flops_per_token=journal.train_flops_per_token(
@@ -330,7 +380,13 @@ def _metrics(
 
 
 def _announce(
-    log: journal.MetricsLog, config: Config, ranks: Ranks, device: torch.device, ready: _Ready
+    log: journal.MetricsLog,
+    config: Config,
+    ranks: Ranks,
+    device: torch.device,
+    ready: _Ready,
+    *,
+    before: str | None,
 ) -> None:
     """What runs, on what, on which data: one event, and one for each line about a mix."""
     step = checkpoint.read_state(ready.resume_from)["step"] if ready.resume_from else 0
@@ -350,7 +406,17 @@ def _announce(
             "world_size": ranks.world_size,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "versions": checkpoint.versions(),
+            "kernels": kernels_in_use(config, device.type),
+            "after": before,
         }
     )
+    if before:
+        log.say(f"the attempt before this one: {before}")
+    for note in ready.choice.notes:
+        log.report({"kind": "event", "step": step, "event": note})
+    state = checkpoint.read_state(ready.resume_from) if ready.resume_from else {}
+    if changes := run_facts.changed_since(state):
+        event = f"other code or packages than the checkpoint's: {changes}"
+        log.report({"kind": "event", "step": step, "event": event})
     for line in task.sources.table(config.schedule.total_steps * sequences):
         log.report({"kind": "event", "step": step, "event": line})

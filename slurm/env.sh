@@ -1,7 +1,30 @@
-# shellcheck shell=bash
-# Facts of your cluster, and of no other place: partition, account, modules, network. Edit this file.
-# It is read by every script of this folder before ranks start.
+# shellcheck shell=bash disable=SC2034  # launch.sh reads the array
+# Facts of your cluster, and of no other place: where jobs go, modules, container, network. Edit this
+# file. Every script of this folder and launch.sh (with sbatch or srun) read it before ranks start.
 
-# module load cuda/13.0                    # if your cluster has modules
-# export NCCL_SOCKET_IFNAME=ib0            # the fast network's interface, if NCCL picks another
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}   # srun does not take it from sbatch by itself
+# Where jobs go, and what they get beside the #SBATCH lines of the scripts. LAUNCHER=sbatch ./launch.sh
+# gives them to sbatch; with sbatch itself, give them as words or as variables (SBATCH_PARTITION=...).
+sbatch_options=(
+    # --partition=gpu --account=me
+    # --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 --time=24:00:00
+)
+
+# module load cuda/13.0                                 # if your cluster has modules
+
+# A job is requeued after a preemption, at the end of its time, and after a crash; but it is given up
+# when so many restarts in a row brought no new checkpoint. 0: a crash is the end.
+export LONGPRETRAIN_MAX_RESTARTS=${LONGPRETRAIN_MAX_RESTARTS:-3}
+
+# A container for the ranks: words that srun gets before ./launch.sh, cut at blanks. Both forms are
+# written from the tools' manuals and have NOT been tried. The folder of the project, the runs and the
+# data must have the same paths inside; .venv must be one made in that image (make setup).
+# LONGPRETRAIN_CONTAINER="--container-image=$HOME/image.sqsh --container-mounts=$PWD:$PWD --container-workdir=$PWD"  # pyxis
+# LONGPRETRAIN_CONTAINER="apptainer exec --nv --bind $PWD $HOME/image.sif"                                       # apptainer
+# There is no scontrol in most images, and ranks ask it for the address of rank 0; say it here:
+# MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1); export MASTER_ADDR
+LONGPRETRAIN_CONTAINER=${LONGPRETRAIN_CONTAINER:-}
+
+# The network, if NCCL or gloo pick another than the fast one.
+# export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5 GLOO_SOCKET_IFNAME=ib0
+
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}     # srun does not take it from sbatch by itself

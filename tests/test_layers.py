@@ -26,17 +26,21 @@ MAY_IMPORT = {
     "ranks": {"mpi"},
     "schedule": {"config"},
     "attention": set(),
-    "model": {"config", "attention"},
+    "nvidia_apex": set(),
+    "model": {"config", "attention", "nvidia_apex"},
     "data": {"config", "ranks"},
     "prepare": {"data", "ranks", "mpi"},
     "tasks": {"config", "mix_config", "recipe", "schedule", "model", "data"},
     "report": {"config"},
-    "engine": {"config", "recipe", "schedule", "ranks", "report"},
+    "code_version": {"attention"},
+    "engine": {"code_version", "config", "recipe", "schedule", "ranks", "report", "nvidia_apex"},
     "convert": {"config", "model", "data"},
     "evaluate": {"config", "model", "data"},
     "agreement": {"ranks", "terminal"},
+    "run_facts": {"agreement", "code_version", "config", "engine", "tasks"},
     "training": {
         "agreement",
+        "run_facts",
         "attention",
         "config",
         "ranks",
@@ -48,8 +52,9 @@ MAY_IMPORT = {
     | {"data", "model"},
     "demo": {"recipe", "report", "evaluate", "data", "model"},
     "cli_prepare": {"data", "prepare", "report", "terminal"},
+    "requeue": {"config", "engine", "terminal"},
     "cli": {"config", "recipe", "ranks", "convert", "data", "evaluate", "report", "training"}
-    | {"cli_prepare", "terminal"},
+    | {"cli_prepare", "requeue", "terminal"},
     "terminal": set(),
     "__main__": {"cli", "terminal"},
     "__init__": set(),
@@ -64,6 +69,7 @@ OWNERS = {
     "pyarrow": ("prepare/parquet.py",),
     "zstandard": ("prepare/compressed.py",),
     "sentencepiece": ("data/sentence_piece.py",),
+    "apex": ("nvidia_apex.py",),
 }
 NO_TORCH = ("data/", "prepare/")
 # The compiled library is no import: these are the words that reach it.

@@ -30,7 +30,8 @@ def test_torchrun_and_deepspeed() -> None:
 
 def test_srun_counts_only_inside_a_step() -> None:
     step = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "7"}
-    assert discover(step) == Ranks()  # the batch script: SLURM_PROCID is set there too
+    batch = step | {"SLURM_NTASKS": "1"}
+    assert discover(batch) == Ranks()  # the batch script: SLURM_PROCID is set there too
     found = discover(step | {"SLURM_STEP_ID": "0"})
     assert (found.rank, found.world_size, found.local_rank, found.launcher) == (1, 2, 1, "srun")
     other = discover(step | {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "8"})
@@ -51,6 +52,16 @@ def test_srun_counts_only_inside_a_step() -> None:
 def test_incomplete_variables_are_refused(env: dict[str, str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         discover(env)
+
+
+@pytest.mark.parametrize("many", [{"SLURM_NTASKS": "4"}, {"SLURM_JOB_NUM_NODES": "2"}], ids=str)
+def test_one_process_beside_the_tasks_of_a_slurm_job_is_refused(many: dict[str, str]) -> None:
+    """A batch script that forgot srun: it would train as a world of one."""
+    batch = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"} | many
+    with pytest.raises(InputError, match=r"got 1, in a Slurm job of \d tasks on \d nodes"):
+        discover(batch)
+    assert discover(batch | {"LONGPRETRAIN_WORLD_SIZE": "1"}) == Ranks(), "on purpose"
+    assert discover(batch | {"RANK": "0", "WORLD_SIZE": "1"}).world_size == 1, "by a launcher"
 
 
 TORCH = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "5"}

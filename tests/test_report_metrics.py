@@ -13,10 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_disk import fill, small_disk
 from torch.utils.flop_counter import FlopCounterMode
 
 from longpretrain.errors import InputError
-from longpretrain.report.console import Console, count_text, duration_text
+from longpretrain.report import line_file
+from longpretrain.report.console import Console, Eta, count_text, duration_text
 from longpretrain.report.metrics import (
     DETERMINISTIC,
     MEASURED,
@@ -62,18 +64,19 @@ def test_resumed_file_equals_that_of_the_run_that_never_stopped(tmp_path: Path) 
     with path.open("a") as file:
         file.write('{"kind": "train", "step": 10, "lo')  # killed in the middle of a line
     with open_log(tmp_path / "stopped", resume_from_step=8) as log:
-        assert [line["step"] for line in read_metrics(path)][-2:] == [8, 8]
+        assert [line["step"] for line in read_metrics(path)][-3:] == [8, 8, 8]
         run_steps(log, 9, 12)
     whole = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert len(whole) == 15
-    assert without_clock(read_metrics(path)) == without_clock(whole)
+    no_events = [line for line in read_metrics(path) if line["kind"] != "event"]
+    assert without_clock(no_events) == without_clock(whole)
     assert deterministic(read_metrics(path)) == deterministic(whole)
     assert sorted(p.name for p in path.parent.iterdir()) == ["log.txt", "metrics.jsonl"]
 
 
 @pytest.mark.parametrize(
     ("resume_from_step", "kept"),
-    [(None, []), (0, [0]), (2, [0, 1, 2]), (99, [0, 1, 2, 3])],
+    [(None, [0, 3, 0]), (0, [0, 3, 0]), (2, [0, 1, 2, 3, 2]), (99, [0, 1, 2, 3, 3])],
     ids=["anew", "step-0", "step-2", "beyond"],
 )
 def test_resume_keeps_the_steps_up_to_the_checkpoint(
@@ -82,8 +85,19 @@ def test_resume_keeps_the_steps_up_to_the_checkpoint(
     with open_log(tmp_path) as log:
         log.report({"kind": "event", "step": 0, "event": "started"})
         run_steps(log, 1, 3)
+        log.report({"kind": "event", "step": 3, "event": "an event of a stretch that was lost"})
+    console = io.StringIO()
+    open_log(tmp_path, resume_from_step=resume_from_step, console=console).close()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == kept
+    assert next(line["event"] for line in lines if "event" in line) == "started"
+    lost = 3 - min(resume_from_step or 0, 3)
+    told = [line for line in lines if "lost_steps" in line]
+    assert [(line["lost_steps"], line["lost_s"]) for line in told] == [(lost, lost * 0.5)][:lost]
+    assert console.getvalue().count("are done again") == len(told)
+    # A second resume of the same step has nothing to lose: the history is not told twice.
     open_log(tmp_path, resume_from_step=resume_from_step).close()
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == kept
+    assert read_metrics(tmp_path / "metrics.jsonl") == lines
 
 
 def test_lines_are_readable_while_the_run_goes_on(tmp_path: Path) -> None:
@@ -142,8 +156,11 @@ def test_a_broken_line_before_the_last_is_named(tmp_path: Path, line: str) -> No
     path.write_text(f'{{"kind": "train", "step": 1}}\n{line}\n{{"kind": "train", "step": 2}}\n')
     with pytest.raises(InputError, match=r"metrics\.jsonl line 2"):
         read_metrics(path)
-    with pytest.raises(InputError, match=r"line 2"):
-        open_log(tmp_path, resume_from_step=1)
+    # A crash of the machine may leave such a line: it does not stop a run that can go on.
+    open_log(tmp_path, resume_from_step=2).close()
+    first, last, told = read_metrics(path)
+    assert (first["step"], last["step"]) == (1, 2)
+    assert told["event"] == "metrics.jsonl: no metrics line on line 2: left out"
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -181,25 +198,49 @@ def test_console_is_aligned_has_one_header_and_equals_the_log(tmp_path: Path) ->
     assert row["MFU"] == "-"
 
 
-def test_eta_counts_the_time_between_updates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = iter([100.0, 103.0, 106.0])
+def etas(
+    monkeypatch: pytest.MonkeyPatch, times: list[float], *, first: int, total: int, every: int
+) -> list[str]:
+    """What Eta says after updates of 0.5 s that end at these times."""
+    clock = iter(times)
     monkeypatch.setattr("longpretrain.report.console.time.monotonic", lambda: next(clock))
+    eta = Eta(total, every)
+    return [duration_text(eta.update(first + n, 0.5)) for n in range(len(times))]
+
+
+def test_eta_counts_the_time_between_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The first update has only its own time: 0.5 s. Then 3 s per step, pauses included.
+    found = etas(monkeypatch, [100.0, 103.0, 106.0], first=1, total=1202, every=0)
+    assert found == ["10m00s", "1h00m", "59m57s"]
+
+
+def test_eta_takes_a_pause_after_a_resume_for_one_of_its_period(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Resumed at step 498 of 1,000; an evaluation of 100 s after step 500, the next at 1,000.
+    found = etas(monkeypatch, [0.0, 0.5, 101.0, 101.5], first=499, total=1000, every=500)
+    assert found == ["4m10s", "4m10s", "5m49s", "5m49s"]  # 0.5 s, later 0.5 + 100 / 500 s a step
+
+
+def test_eta_forgets_the_slow_first_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 2.0])
+    monkeypatch.setattr("longpretrain.report.console.time.monotonic", lambda: next(clock))
+    eta = Eta(103, 0)
+    assert [eta.update(1, 30.0), eta.update(2, 1.0), eta.update(3, 1.0)] == [3060.0, 101.0, 100.0]
+
+
+def test_the_console_shows_the_eta(tmp_path: Path) -> None:
     console = io.StringIO()
-    with open_log(tmp_path, console=console, total_steps=1202, every_steps=1) as log:
-        for step in (1, 2, 3):
-            log.report(train_line(step))
-    etas = [line.split()[-1] for line in console.getvalue().splitlines()[1:]]
-    # The first line has only the step's own time: 0.5 s. Then 3 s per step, pauses included.
-    assert etas == ["10m00s", "1h00m", "59m57s"]
+    with open_log(tmp_path, console=console, total_steps=1201) as log:
+        log.report(train_line(1))
+    assert console.getvalue().splitlines()[1].split()[-1] == "10m00s"
 
 
-def test_resume_appends_to_the_log_and_a_new_run_replaces_it(tmp_path: Path) -> None:
-    for resume_from_step, wanted in ((None, ["one"]), (0, ["one", "one"]), (None, ["one"])):
+def test_every_attempt_appends_to_the_log(tmp_path: Path) -> None:
+    for number, resume_from_step in enumerate((None, 0, None), 1):
         with open_log(tmp_path, resume_from_step=resume_from_step) as log:
             log.say("one")
-        assert (tmp_path / "log.txt").read_text().splitlines() == wanted
+        assert (tmp_path / "log.txt").read_text().splitlines() == ["one"] * number
 
 
 def test_a_closed_console_does_not_end_the_run(tmp_path: Path) -> None:
@@ -232,6 +273,31 @@ def test_a_terminal_gets_a_bar_beside_the_lines(
     assert [line.split()[0] for line in console.getvalue().splitlines()] == [
         "step", "5", "8", "step", "12", "step",
     ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line_file, "RETRY_S", 0.0)
+    console = io.StringIO()
+    with small_disk(tmp_path / "disk", kib=1024) as disk:
+        log = open_log(disk, console=console, every_steps=1, tensorboard=True, total_steps=400)
+        run_steps(log, 1, 4)
+        ballast = fill(disk)
+        run_steps(log, 5, 300)
+        log.sync()
+        log.report({"kind": "event", "step": 300, "event": "still there"})
+        steps = [line["step"] for line in read_metrics(disk / "metrics.jsonl")]
+        assert max(steps) < 300  # it was full indeed
+        ballast.unlink()
+        run_steps(log, 301, 304)
+        log.close()
+        lines = read_metrics(disk / "metrics.jsonl")
+    text = console.getvalue()
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 305))
+    for name in ("metrics.jsonl", "log.txt"):
+        assert text.count(f"{name}: no space left on device") == 1
+        assert text.count(f"{name}: written again") == 1
+    assert text.count("TensorBoard events are left out") == 1
 
 
 def test_tensorboard_drops_what_a_resume_repeats(tmp_path: Path) -> None:

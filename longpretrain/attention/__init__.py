@@ -17,6 +17,7 @@
 
 from longpretrain.attention.backends import why_not
 from longpretrain.attention.fused import sliding_attention
+from longpretrain.attention.library import library_path
 from longpretrain.attention.pattern import AttentionPattern
 
-__all__ = ["AttentionPattern", "sliding_attention", "why_not"]
+__all__ = ["AttentionPattern", "library_path", "sliding_attention", "why_not"]

@@ -78,18 +78,16 @@ def why_no_library() -> str | None:
 
 @functools.cache
 def _load_once() -> str | None:
-    named = os.environ.get("LONGPRETRAIN_LIBRARY")
-    found = None if named else importlib.util.find_spec("longpretrain.attention._kernels")
-    path = named or (found.origin if found else None)
+    named, path = _named(), library_path()
     if path is None:
         way_out = _way_to_build()
         if not any(map(shutil.which, ("c++", "g++", "clang++"))):
             way_out = f"install a C++ compiler (Debian: apt-get install g++), then {way_out}"
         return f"the compiled library is not built: {way_out}"
-    if not Path(path).is_file():
+    if not path.is_file():
         return f"the compiled library is missing: there is no file {path}"
     try:
-        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"the compiled library cannot be loaded: {error.__cause__ or error}"
     if not all(_signature(fused) == _signature(portable) for fused, portable in _TWINS.items()):
@@ -100,6 +98,18 @@ def _load_once() -> str | None:
     torch.library.register_fake(_BACKWARD, _backward_shapes)
     torch.library.register_autograd(_FORWARD, _backward, setup_context=keep_for_backward)
     return None
+
+
+def library_path() -> Path | None:
+    """The file that is the compiled library here, or would be; None where none was built."""
+    named = _named()
+    found = None if named else importlib.util.find_spec("longpretrain.attention._kernels")
+    path = named or (found.origin if found else None)
+    return Path(path) if path else None
+
+
+def _named() -> str | None:
+    return os.environ.get("LONGPRETRAIN_LIBRARY")
 
 
 def _way_to_build() -> str:

@@ -150,7 +150,9 @@ def _read_back(path: Path, source: Source, parts: CheckpointParts) -> tuple[Veri
         for name, tensor in parts.tensors.items()
     )
     # Of new weights and of the machine alone: no part of a checkpoint.
-    unwritten = ("initializer_range", "attention_backend", "type_vocab_size")
+    unwritten = (
+        "initializer_range", "attention_backend", "layer_norm_backend", "type_vocab_size",
+    )  # fmt: skip
     back = from_checkpoint(checkpoint).config
     wanted = dataclasses.asdict(source.config)
     different = [

@@ -1,128 +1,104 @@
 """Checkpoints that are model folders, hold whole fp32 parameters, and never look whole when they
-are not.
+are not. Here: reading one, and telling whether it is whole.
 
 ``checkpoints/step-000500/`` holds the master weights as ``model*.safetensors`` (transformers
 loads the
 folder as it is), both moments as ``optimizer*.safetensors``, and ``state.json``. Each parameter is
 written once, whole, by one rank; so world size, ZeRO stage and precision may change at a resume.
+``state.json`` has the sha256 of every other file and, as its last entry, its own: with the digits
+of that entry taken as zeros. So no byte of a checkpoint can change unseen.
+
 The folder is written under another name, synced, and renamed; then ``checkpoints/latest`` moves.
 Only names of ``step-`` and digits are the run's; any other, such as a copy, is left alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.metadata
 import json
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 import longpretrain
-from longpretrain.engine.task import Task
-from longpretrain.engine.zero import MOMENTS, ZeroEngine
+from longpretrain.code_version import code_version
+from longpretrain.engine.zero import ZeroEngine
 from longpretrain.errors import InputError
-from longpretrain.files import read_json_object, save_tensors, sha256, sync, write_atomically
+from longpretrain.files import read_json_object, sha256, write_atomically
 
-FORMAT = 1
+FORMAT = 2
+"""Format 1 was the same without a hash of state.json itself; it is still read."""
 STATE = "state.json"
 LATEST = "latest"
+SEAL = "sha256"
+"""The entry of state.json that holds its own hash."""
+_OPEN_SEAL = "0" * 64
+_LONGEST_NAME = 200
 _DAMAGED = "The checkpoint is damaged: point checkpoints/latest at an older step folder."
 _COUNTS = ("step", "samples_done", "skipped", "updates_applied")
 _VERSIONS = ("torch", "deepspeed", "numpy", "safetensors")
 
 
-def save(
-    run_dir: Path, engine: ZeroEngine, task: Task, state: Mapping[str, Any], keep: int
-) -> Path:
-    """Writes one checkpoint with all ranks and returns its folder. All ranks must call it.
+def folders(run_dir: Path) -> list[tuple[int, Path]]:
+    """The run's own checkpoint folders by step, whole or not."""
+    return sorted(
+        (step, path)
+        for path in (run_dir / "checkpoints").glob("step-*")
+        if (step := step_of(path)) is not None and path.is_dir()
+    )
 
-    Args:
-        run_dir: the run folder, seen by every rank.
-        engine: holds weights and moments, sharded or not.
-        task: names the tensors and writes config and tokenizer.
-        state: what ``state.json`` holds beside hashes and versions; ``step`` names the folder.
-        keep: newest checkpoints that stay; 0 keeps all.
-    """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    final = run_dir / "checkpoints" / f"step-{state['step']:06d}"
-    part = final.with_name(f".{final.name}.part")
-    if rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    dist.barrier()
-    mine = _gather_mine(engine, task, rank, ranks)
-    hashes: dict[str, str] = {}
-    names: dict[str, list[str]] = {}
-    for kind, tensors in mine.items():
-        name = _file_name(kind, rank, ranks)
-        save_tensors(tensors, part / name)
-        hashes[name], names[name] = sha256(part / name), sorted(tensors)
-    everyone: list[Any] = [None] * ranks
-    dist.all_gather_object(everyone, (hashes, names))
-    if rank == 0:
-        _write_small_files(part, task, everyone, state)
-        old = final.with_name(f".{final.name}.old.part")
-        if final.exists():  # of a time line that was left: someone pointed `latest` back
-            final.rename(old)
-        part.rename(final)
-        sync(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
-        write_atomically(final.parent / LATEST, final.name + "\n")
-        _remove_old(final.parent, state["step"], keep)
-    dist.barrier()
-    return final
+
+def step_of(folder: Path) -> int | None:
+    """The step that a folder of a run is named after; None for any other name."""
+    found = re.fullmatch(r"step-([0-9]{1,18})", folder.name)
+    return int(found[1]) if found else None
+
+
+def pointed_at(run_dir: Path) -> str:
+    """What ``checkpoints/latest`` says; nothing if it is no file of text."""
+    try:
+        text = (run_dir / "checkpoints" / LATEST).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return text.strip()
+
+
+def point_at(run_dir: Path, folder: Path) -> None:
+    """Makes ``checkpoints/latest`` name a checkpoint."""
+    write_atomically(run_dir / "checkpoints" / LATEST, folder.name + "\n")
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None.
-
-    A crash between the first checkpoint's rename and the pointer leaves one folder and no
-    ``latest``: that folder is whole, and it is taken.
-
-    Raises:
-        InputError: ``latest`` names no checkpoint, or is gone where it is needed: a run that began
-            anew would write over the folders that are there.
-    """
-    pointer = run_dir / "checkpoints" / LATEST
-    if not pointer.is_file():
-        return _without_pointer(pointer)
-    folder = pointer.parent / pointer.read_text(encoding="utf-8", errors="replace").strip()
-    if not (folder / STATE).is_file():
-        raise InputError(
-            f"{pointer}",
-            got=f"{folder.name}, which is no checkpoint",
-            wanted="a step-... folder beside it",
-            way_out="Write the name of a whole checkpoint folder into it, or use --fresh.",
-        )
-    return folder
+    """The folder that ``checkpoints/latest`` names, if there is one; nothing of it is checked."""
+    name = pointed_at(run_dir)
+    is_name = 0 < len(name) < _LONGEST_NAME and "/" not in name and name not in (".", "..")
+    folder = run_dir / "checkpoints" / name
+    return folder if is_name and folder.is_dir() else None
 
 
-def _without_pointer(pointer: Path) -> Path | None:
-    wanted = "the name of one in a file"
-    if pointer.is_dir():
-        raise InputError(
-            f"{pointer}",
-            got="a folder",
-            wanted=wanted,
-            way_out="Move it away and write the newest step folder's name into a file, "
-            "or use --fresh.",
-        )
-    found = [path for _, path in _step_folders(pointer.parent)]
-    whole = [path for path in found if (path / STATE).is_file()]
-    if not whole or len(found) == 1:
-        return whole[0] if whole else None
-    raise InputError(
-        f"{pointer}",
-        got="no such file, but step-... folders",
-        wanted=wanted,
-        way_out="Write the newest name into it, or use --fresh.",
-    )
+def kept_step(run_dir: Path) -> int:
+    """The step that ``checkpoints/latest`` means, unchecked; 0 without one."""
+    folder = latest(run_dir)
+    if folder is None:
+        return 0
+    step = step_of(folder)
+    if step is None:  # a copy, under a name of somebody's own
+        with contextlib.suppress(InputError):
+            step = read_state(folder)["step"]
+    return step or 0
+
+
+def sealed(state: Mapping[str, Any]) -> str:
+    """The text of state.json: ``state`` and the text's own hash."""
+    text = json.dumps({**state, SEAL: _OPEN_SEAL}, indent=1)
+    before, _, after = text.rpartition(_OPEN_SEAL)
+    return before + hashlib.sha256(text.encode("utf-8")).hexdigest() + after
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -133,14 +109,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     path = folder / STATE
     state = read_json_object(path, way_out=_DAMAGED)
-    found = state.get("format")
-    if found != FORMAT:
-        raise InputError(
-            f"{path}",
-            got=f"format {found}",
-            wanted=f"format {FORMAT}",
-            way_out="It was written by another version of longpretrain: use that one.",
-        )
+    _check_seal(path, state)
+    if state.get("format") not in (1, FORMAT):
+        raise _foreign(path, state)
     for key in _COUNTS:
         if type(state.get(key)) is not int or state[key] < 0:  # a bool is an int, too
             raise _damaged(path, state, key, "a whole number from 0")
@@ -148,7 +119,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         texts = state.get(key)
         if not isinstance(texts, dict) or not all(isinstance(v, str) for v in texts.values()):
             raise _damaged(path, state, key, "texts by name")
-    named = _step_of(folder)
+    named = step_of(folder)
     if named not in (None, state["step"]):
         raise InputError(
             f"{path}",
@@ -159,17 +130,62 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def is_foreign(folder: Path) -> bool:
+    """Whether a checkpoint is whole, but of another version of longpretrain."""
+    path = folder / STATE
+    try:
+        state = read_json_object(path)
+        _check_seal(path, state)
+    except InputError:
+        return False
+    return state.get("format") not in (1, FORMAT)
+
+
+def _foreign(path: Path, state: Mapping[str, Any]) -> InputError:
+    return InputError(
+        f"{path}",
+        got=f"format {state.get('format')}",
+        wanted=f"format {FORMAT}",
+        way_out="It was written by another version of longpretrain: use that one.",
+    )
+
+
+def _check_seal(path: Path, state: Mapping[str, Any]) -> None:
+    if SEAL not in state and state.get("format") == 1:
+        return
+    seal = state.get(SEAL)
+    if not isinstance(seal, str) or len(seal) != len(_OPEN_SEAL):
+        raise _damaged(path, state, SEAL, "the hash of this file")
+    before, _, after = path.read_bytes().rpartition(seal.encode("utf-8"))
+    got = hashlib.sha256(before + _OPEN_SEAL.encode("ascii") + after).hexdigest()
+    if got != seal:
+        raise InputError(
+            f"{path}",
+            got=f"sha256 {got[:16]}",
+            wanted=f"sha256 {seal[:16]}",
+            way_out=_DAMAGED,
+        )
+
+
 def _damaged(path: Path, state: Mapping[str, Any], key: str, wanted: str) -> InputError:
     got = repr(state[key])[:80] if key in state else "nothing"
     return InputError(f"{path}, key {key}", got=got, wanted=wanted, way_out=_DAMAGED)
 
 
-def verify_files(folder: Path, part: int = 0, parts: int = 1) -> None:
+def verify_files(
+    folder: Path, part: int = 0, parts: int = 1, *, largest: float = float("inf")
+) -> None:
     """Compares the sha256 of every ``parts``-th file with state.json.
+
+    Args:
+        folder: the checkpoint.
+        part: which of the parts is this caller's.
+        parts: among how many callers the files are dealt out; each looks whether all are there.
+        largest: files of more bytes are not read.
 
     Raises:
         InputError: a file is missing, truncated or altered; names it. Or weights or moments are not
-            even listed.
+            even listed, or there are some that are not.
     """
     files = read_state(folder)["files"]
     for kind in ("model", "optimizer"):
@@ -180,13 +196,26 @@ def verify_files(folder: Path, part: int = 0, parts: int = 1) -> None:
                 wanted=f"the hash of {kind}*.safetensors",
                 way_out=_DAMAGED,
             )
-    for name, wanted in sorted(files.items())[part::parts]:
+    for path in sorted(folder.glob("*.safetensors*")):
+        if path.name not in files:  # it might be read instead of what the run wrote
+            raise InputError(
+                f"checkpoint file {path}",
+                got="a file that the run did not write",
+                wanted="those of state.json only",
+                way_out="Move it elsewhere.",
+            )
+    for number, (name, wanted) in enumerate(sorted(files.items())):
         path = folder / name
-        got = sha256(path) if path.is_file() else "no file"
+        if not path.is_file():
+            got = "no file"
+        elif number % parts == part and path.stat().st_size <= largest:
+            got = sha256(path)
+        else:
+            continue
         if got != wanted:
             raise InputError(
                 f"checkpoint file {path}",
-                got=f"sha256 {got[:16]}",
+                got=f"sha256 {got[:16]}" if got != "no file" else got,
                 wanted=f"sha256 {wanted[:16]}",
                 way_out="The file was altered: point checkpoints/latest at an older step folder.",
             )
@@ -198,89 +227,6 @@ def restore_moments(engine: ZeroEngine, folder: Path) -> None:
     engine.set_moments(
         lambda name, key: moments.read(f"{name}.{key}"), read_state(folder)["updates_applied"]
     )
-
-
-def _gather_mine(
-    engine: ZeroEngine, task: Task, rank: int, ranks: int
-) -> dict[str, dict[str, torch.Tensor]]:
-    """This rank's share of whole tensors: {"model": ..., "optimizer": ...}. Gathered one by one."""
-    mine: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
-    held = [0] * ranks
-    for name in engine.trained_names:
-        weight = engine.full_state(name)
-        owner = held.index(min(held))
-        held[owner] += weight.numel()
-        for key in MOMENTS:
-            moment = engine.full_state(name, key)
-            if owner == rank:
-                mine["optimizer"][f"{name}.{key}"] = moment.contiguous().clone()
-        if owner == rank:
-            for stored in task.stored_names(name):
-                mine["model"][stored] = weight.contiguous().clone()
-    return mine
-
-
-def _write_small_files(
-    part: Path, task: Task, everyone: Sequence[Any], state: Mapping[str, Any]
-) -> None:
-    files: dict[str, str] = {}
-    owners: dict[str, str] = {}
-    for hashes, names in everyone:
-        files |= hashes
-        owners |= {tensor: file for file, tensors in names.items() for tensor in tensors}
-    for kind in ("model", "optimizer"):
-        if len(everyone) > 1:
-            total = sum((part / f).stat().st_size for f in files if f.startswith(kind))
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": {t: f for t, f in sorted(owners.items()) if f.startswith(kind)},
-            }
-            write_atomically(part / f"{kind}.safetensors.index.json", json.dumps(index, indent=1))
-    task.write_model_files(part)
-    for path in sorted(part.iterdir()):
-        if path.is_file() and path.name not in files:
-            files[path.name] = sha256(path)
-            sync(path)
-    whole = {"format": FORMAT, **state, "versions": versions(), "files": files}
-    write_atomically(part / STATE, json.dumps(whole, indent=1))
-
-
-def _file_name(kind: str, rank: int, ranks: int) -> str:
-    """Hugging Face's names for one file or for shards."""
-    shard = f"-{rank + 1:05d}-of-{ranks:05d}" if ranks > 1 else ""
-    return f"{kind}{shard}.safetensors"
-
-
-def _step_of(folder: Path) -> int | None:
-    """The step that a folder of this run is named after; None for any other name."""
-    found = re.fullmatch(r"step-([0-9]+)", folder.name)
-    return int(found[1]) if found else None
-
-
-def _step_folders(checkpoints: Path) -> list[tuple[int, Path]]:
-    """The run's own checkpoint folders, whole or not, by step."""
-    return sorted(
-        (step, path)
-        for path in checkpoints.glob("step-*")
-        if (step := _step_of(path)) is not None and path.is_dir()
-    )
-
-
-def _remove_old(checkpoints: Path, current: int, keep: int) -> None:
-    """Leaves the newest ``keep`` checkpoints up to ``current``, which is the latest.
-
-    Those of later steps are of a time line that was left (someone pointed ``latest`` back, or a
-    crash came before it moved), and what a killed save left goes too.
-    """
-    found = _step_folders(checkpoints)
-    kept = sorted({step for step, _ in found if step <= current})
-    if keep:
-        kept = kept[-keep:]
-    for step, path in found:
-        if step not in kept and not path.is_symlink():  # a link is somebody's own
-            shutil.rmtree(path)
-    for part in checkpoints.glob(".step-*.part"):
-        shutil.rmtree(part)
 
 
 class _MomentFiles:
@@ -308,6 +254,6 @@ class _MomentFiles:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide a run's numbers."""
+    """Versions of the code and the packages that decide a run's numbers."""
     found = {name: importlib.metadata.version(name) for name in _VERSIONS}
-    return {"longpretrain": longpretrain.__version__, **found}
+    return {"longpretrain": longpretrain.__version__, **code_version(), **found}

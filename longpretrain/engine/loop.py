@@ -11,9 +11,11 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,10 @@ from torch import nn
 
 from longpretrain.config import Config, to_tree
 from longpretrain.engine import checkpoint
+from longpretrain.engine.forensics import Forensics
 from longpretrain.engine.loader import Loader
+from longpretrain.engine.nonfinite import Trace
+from longpretrain.engine.saver import FLAGS, Saver
 from longpretrain.engine.signals import StopRequest
 from longpretrain.engine.task import Batch, Task
 from longpretrain.engine.zero import StepResult, ZeroEngine
@@ -39,9 +44,9 @@ Mark = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended: ``state`` is done or preempted."""
+    """How a run ended: ``state`` is failed where its last checkpoint could not be written."""
 
-    state: Literal["done", "preempted"]
+    state: Literal["done", "preempted", "failed"]
     reason: str
     step: int
 
@@ -53,11 +58,14 @@ class _Progress:
     step: int = 0
     samples_done: int = 0
     skipped: int = 0
+    skipped_in_a_row: int = 0
+    """Just before this point; a run that goes on goes on counting."""
 
     def advance(self, config: Config, *, applied: bool) -> None:
         self.step += 1
         self.samples_done += config.batch.global_sequences
         self.skipped += not applied
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +77,9 @@ class _Update:
     masked_tokens: int
     tokens: int
     stop_asked: bool
+    saver_flags: list[float]
+    losses: list[torch.Tensor]
+    """This rank's, by micro-batch: nats, summed over its masked tokens."""
     rank_seconds: list[float]
     """By rank: what it spent waiting for its batches and on its forward passes, in which (but for
     ZeRO 3) it waits for no other rank. On a GPU the passes count as the host sees them."""
@@ -132,23 +143,45 @@ def train(
     """
     accumulation = accumulation_steps(config, ranks.world_size)
     total = config.schedule.total_steps
-    skipped_in_a_row = 0
     first = 1 + (checkpoint.read_state(resume_from)["step"] if resume_from else 0)
     pin = device.type == "cuda"
-    with Loader(config, task, ranks, accumulation, first=first, pin=pin) as batches:
+    with (
+        Loader(config, task, ranks, accumulation, first=first, pin=pin) as batches,
+        ExitStack() as held,
+    ):
         engine, progress = _start(config, model, device, accumulation, resume_from)
-        saved_step, saved_at = progress.step, time.monotonic()
+        saver = held.enter_context(
+            Saver(config, engine, task, metrics, step=progress.step, mark=mark)
+        )
+        forensics = Forensics(config, task, engine, ranks, metrics=metrics, mark=mark)
         while progress.step < total:
             step = progress.step + 1
             started = time.monotonic()
             mark(f"step {step}: batch")
             micro_batches = batches.get(step)
             waited_s = time.monotonic() - started
-            torch.manual_seed(hidden_dropout_seed(config.run.seed, step, ranks.rank))
             rate = learning_rate(step, config.optim.lr, config.schedule)
             engine.set_learning_rate(rate)
             mark(f"step {step}: forward and backward")
-            update = _update(engine, task, micro_batches, device, stop, waited_s=waited_s)
+            seed = hidden_dropout_seed(config.run.seed, step, ranks.rank)
+            attempt = partial(
+                _update,
+                engine,
+                task,
+                micro_batches,
+                device,
+                stop,
+                saver=saver,
+                seed=seed,
+                waited_s=waited_s,
+            )
+            update = forensics.settle(
+                attempt,
+                step=step,
+                micro_batches=micro_batches,
+                rate=rate,
+                skipped_before=progress.skipped_in_a_row,
+            )
             progress.advance(config, applied=update.result.applied)
             more: dict[str, object] = {"lr": rate, "data_wait_s": waited_s}
             more |= _slowest(update.rank_seconds)
@@ -156,20 +189,25 @@ def train(
                 more["sample_ids"] = _gather_sample_ids(task, micro_batches)
             more["step_s"] = time.monotonic() - started
             _log_update(metrics, task, progress, update, more)
-            skipped_in_a_row = 0 if update.result.applied else skipped_in_a_row + 1
-            _check_skipped(skipped_in_a_row, step, config.optim.max_skipped)
+            saver.advance(update.saver_flags)
+            _check_skipped(progress, config.optim.max_skipped, forensics.last, saver)
             if evaluate and _is_due(step, config.evaluate.every_steps, total):
                 mark(f"step {step}: evaluation")
                 _log_evaluation(metrics, step, evaluate, engine)
-            if update.stop_asked or _checkpoint_due(config, step, saved_at):
+            # Weights that stand still need no new checkpoint; after a stretch of skipped updates
+            # the one before it is where to go on from.
+            if update.stop_asked:
+                break
+            if saver.is_due(step) and update.result.applied:
                 mark(f"step {step}: checkpoint")
-                _save(config, engine, task, progress, metrics)
-                saved_step, saved_at = step, time.monotonic()
-            if update.stop_asked and step < total:
-                reason = stop.signal_name or "a signal at another rank"
-                return Outcome(state="preempted", reason=reason, step=step)
-    if saved_step < progress.step:
-        _save(config, engine, task, progress, metrics)
+                saver.begin(_state(config, engine, task, progress))
+        mark(f"step {progress.step}: checkpoint")
+        problem = saver.save_last(_state(config, engine, task, progress))
+    if problem:
+        return Outcome(state="failed", reason=problem, step=saver.saved_step)
+    if progress.step < total:
+        reason = stop.signal_name or "a signal at another rank"
+        return Outcome(state="preempted", reason=reason, step=progress.step)
     return Outcome(state="done", reason=f"all {total} updates", step=progress.step)
 
 
@@ -193,8 +231,12 @@ def _start(
         return engine, _Progress()
     checkpoint.restore_moments(engine, resume_from)
     state = checkpoint.read_state(resume_from)
+    engine.loss_scaling = state.get("loss_scaling", {})
     return engine, _Progress(
-        step=state["step"], samples_done=state["samples_done"], skipped=state["skipped"]
+        step=state["step"],
+        samples_done=state["samples_done"],
+        skipped=state["skipped"],
+        skipped_in_a_row=state.get("skipped_in_a_row", 0),  # checkpoints of 0.2 lack it
     )
 
 
@@ -205,9 +247,15 @@ def _update(
     device: torch.device,
     stop: StopRequest,
     *,
+    saver: Saver,
+    seed: int,
     waited_s: float,
+    trace: Trace | None = None,
 ) -> _Update:
-    """One update over all micro-batches of all ranks."""
+    """One update over all micro-batches of all ranks; the same one again if called again, as long
+    as the weights have not moved.
+    """
+    torch.manual_seed(seed)
     count, tokens = _sum_over_ranks(
         [
             sum(task.count(batch) for batch in micro_batches),
@@ -217,29 +265,45 @@ def _update(
     )
     count = max(count, 1.0)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    losses: list[torch.Tensor] = []
     own_s = waited_s
     for number, batch in enumerate(micro_batches, start=1):
         on_device = {key: x.to(device, non_blocking=True) for key, x in batch.items()}
+        if trace:
+            trace.start(len(task.sample_ids(batch)))
         began = time.monotonic()
         loss = task.loss(engine, on_device)
         own_s += time.monotonic() - began
-        loss_sum += loss.detach().double()
+        if trace:
+            trace.end(loss)
+        losses.append(loss.detach())
+        loss_sum += losses[-1].double()
         engine.backward(loss / count)
         if number < len(micro_batches):
             engine.micro_step()
+    if trace:
+        trace.read_tables()
     result = engine.step()
     rank, ranks = dist.get_rank(), dist.get_world_size()
     seconds = [own_s if number == rank else 0.0 for number in range(ranks)]
-    nats, stops, *rank_seconds = _sum_over_ranks(
-        [float(loss_sum), float(stop.asked), *seconds], device
+    nats, stops, applied, *others = _sum_over_ranks(
+        [float(loss_sum), float(stop.asked), float(result.applied), *saver.flags(), *seconds],
+        device,
     )
+    if applied not in (0.0, float(ranks)):
+        raise RuntimeError(
+            f"{int(applied)} of {ranks} ranks applied an update, the others found its gradient not "
+            "finite: their weights differ now; the run stops before a checkpoint holds them"
+        )
     return _Update(
         loss=nats / count,
         result=result,
         masked_tokens=int(count),
         tokens=int(tokens),
         stop_asked=stops > 0,
-        rank_seconds=rank_seconds,
+        losses=losses,
+        saver_flags=others[:FLAGS],
+        rank_seconds=others[FLAGS:],
     )
 
 
@@ -275,35 +339,25 @@ def _gather_sample_ids(task: Task, micro_batches: list[Batch]) -> list[int]:
     ]
 
 
-def _checkpoint_due(config: Config, step: int, saved_at: float) -> bool:
-    settings = config.checkpoint
-    by_step = settings.every_steps and step % settings.every_steps == 0
-    by_time = False
-    if settings.every_minutes:  # clocks differ: rank 0's decides
-        due = torch.tensor([float(time.monotonic() - saved_at >= settings.every_minutes * 60)])
-        if dist.get_backend() == "nccl":
-            due = due.cuda()
-        dist.broadcast(due, src=0)
-        by_time = bool(due.item())
-    return bool(by_step) or by_time
-
-
 def _is_due(step: int, every: int, total: int) -> bool:
     return bool(every) and (step % every == 0 or step == total)
 
 
-def _check_skipped(in_a_row: int, step: int, most: int) -> None:
-    if in_a_row >= most:
+def _check_skipped(progress: _Progress, most: int, seen: Path, saver: Saver) -> None:
+    if progress.skipped_in_a_row >= most:
+        saver.finish()
         raise FloatingPointError(
-            f"gradient: got {in_a_row} updates in a row with a non-finite one, to step {step}; "
-            "wanted finite ones. None reached the weights: lower optim.lr, set optim.clip_norm or "
-            "use precision=bf16, and begin anew or at an older checkpoint."
+            f"loss or gradient: got {progress.skipped_in_a_row} updates in a row that are not "
+            f"finite, to step {progress.step}; wanted finite ones. None reached the weights, and "
+            f"the last checkpoint holds those of before. See {seen}: mend the cause, or lower "
+            "optim.lr or set optim.clip_norm and begin a new run from an older checkpoint."
         )
 
 
 def _log_update(
     metrics: MetricsLog, task: Task, progress: _Progress, update: _Update, more: dict[str, object]
 ) -> None:
+    scale = update.result.loss_scale
     metrics.report(
         {
             "kind": "train",
@@ -315,6 +369,7 @@ def _log_update(
             "masked_tokens": update.masked_tokens,
             "tokens": update.tokens,
             "skipped": progress.skipped,
+            **({} if scale is None else {"loss_scale": scale}),
             **more,
         }
     )
@@ -336,21 +391,15 @@ def _log_evaluation(metrics: MetricsLog, step: int, evaluate: Evaluate, engine: 
     )
 
 
-def _save(
-    config: Config, engine: ZeroEngine, task: Task, progress: _Progress, metrics: MetricsLog
-) -> None:
-    started = time.monotonic()
-    state = {
+def _state(config: Config, engine: ZeroEngine, task: Task, progress: _Progress) -> dict[str, Any]:
+    """What a checkpoint's state.json holds of the run."""
+    return {
         **dataclasses.asdict(progress),
         "updates_applied": engine.updates_applied,
+        "loss_scaling": engine.loss_scaling,
         "global_tokens": config.model.global_tokens,
         "world_size": dist.get_world_size(),
         "mix_version": task.version(progress.samples_done - 1),
         "task": task.identity(),
         "recipe": to_tree(config),
     }
-    metrics.sync()
-    folder = checkpoint.save(config.run_dir, engine, task, state, config.checkpoint.keep)
-    took_s = time.monotonic() - started
-    event = f"checkpoint {folder.name} in {took_s:.1f} s"
-    metrics.report({"kind": "event", "step": progress.step, "event": event})

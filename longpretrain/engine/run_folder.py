@@ -23,6 +23,7 @@ from longpretrain.recipe import from_tree
 
 CONFIG = "config.yaml"
 STATUS = "status.json"
+ATTEMPTS = "attempts.json"
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 State = Literal["running", "done", "preempted", "failed"]
@@ -32,6 +33,16 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     """The last status.json of a run; empty if there is none."""
     path = run_dir / STATUS
     return read_json_object(path, way_out="Remove the file.") if path.is_file() else {}
+
+
+def how_it_ended(run_dir: Path) -> str | None:
+    """How the attempt before this one ended, by status.json; None for the first one."""
+    last: dict[str, Any] = {}
+    with contextlib.suppress(InputError, OSError):
+        last = read_status(run_dir)
+    if last.get("state") == "running":
+        return "ended without a word: killed, or its machine was lost"
+    return f"{last['state']}: {last.get('reason')}" if "state" in last else None
 
 
 def write_status(run_dir: Path, state: State, *, reason: str, step: int) -> None:
@@ -59,15 +70,18 @@ def check_run_dir(config: Config, *, fresh: bool) -> None:
         )
     if fresh:
         _check_movable(config)
-    elif is_run and checkpoint.latest(run_dir):
+    elif is_run and (checkpoint.folders(run_dir) or checkpoint.pointed_at(run_dir)):
         _check_same_recipe(config)
     place = run_dir.absolute().parent if fresh and run_dir.exists() else run_dir
     need_writable(place, what="run folder", way_out="Give another run.dir, or make it writable.")
 
 
 def _holds_files(folder: Path) -> bool:
-    """Whether there is more than what a run writes first of all."""
-    return any(path.name != LOCK and not path.name.startswith(PROBE) for path in folder.iterdir())
+    """Whether there is more than what a run, or a job before it, writes first of all."""
+    first = (LOCK, ATTEMPTS)
+    return any(
+        path.name not in first and not path.name.startswith(PROBE) for path in folder.iterdir()
+    )
 
 
 def _check_movable(config: Config) -> None:
@@ -168,7 +182,7 @@ def status(config: Config, ranks: Ranks) -> Iterator[Callable[[State, str, int],
     run_dir = config.run_dir
     started = round(time.time(), 3)  # as status.json rounds it
     if ranks.is_first:
-        write_status(run_dir, "running", reason=ranks.launcher, step=_kept_step(run_dir))
+        write_status(run_dir, "running", reason=ranks.launcher, step=checkpoint.kept_step(run_dir))
     has_ended = False
 
     def ended(state: State, reason: str, step: int) -> None:
@@ -190,13 +204,8 @@ def status(config: Config, ranks: Ranks) -> Iterator[Callable[[State, str, int],
             is_told = last.get("state") == "failed" and last.get("time", 0) >= started
             if not has_ended and not is_told:
                 reason = f"rank {ranks.rank}: {type(error).__name__}: {error}"
-                write_status(run_dir, "failed", reason=reason, step=_kept_step(run_dir))
+                write_status(run_dir, "failed", reason=reason, step=checkpoint.kept_step(run_dir))
         raise
-
-
-def _kept_step(run_dir: Path) -> int:
-    kept = checkpoint.latest(run_dir)
-    return int(checkpoint.read_state(kept)["step"]) if kept else 0
 
 
 def _free_name(run_dir: Path) -> Path:

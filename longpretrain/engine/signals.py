@@ -1,8 +1,8 @@
 """Signals that ask a run to stop: it finishes the update, writes a checkpoint, and exits with 75.
 
-SIGUSR1 is Slurm's warning before preemption or the time limit, SIGTERM a launcher's or scancel's,
-SIGINT a person's Ctrl-C. A second Ctrl-C stops at once, without a checkpoint; one that follows
-within two seconds is taken for an echo of the first.
+SIGUSR1 or SIGUSR2 is Slurm's warning before preemption or the time limit, SIGTERM a launcher's or
+scancel's, SIGINT a person's Ctrl-C. A second Ctrl-C stops at once, without a checkpoint; one that
+follows within two seconds is taken for an echo of the first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import signal
 import time
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 ECHO_S = 2.0
 """At a terminal one Ctrl-C reaches a rank twice: from the terminal and from its launcher."""
 

@@ -38,6 +38,10 @@ class Task(Protocol):
         """Which samples a batch holds: 64-bit identities that no rank or order changes."""
         ...
 
+    def describe(self, number: int) -> dict[str, Any]:
+        """Where sample ``number`` is from, as plain data: for a person who looks for it."""
+        ...
+
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """The loss in nats, summed over the batch's predictions, fp32."""
         ...

@@ -22,6 +22,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,29 +30,38 @@ import torch.distributed
 from torch import nn
 
 from longpretrain.config import Config
+from longpretrain.engine.adam import make_adam
+from longpretrain.engine.loss_scale import LossScale
 from longpretrain.engine.meeting import meet
 from longpretrain.engine.zero_config import read_zero_config
 from longpretrain.errors import InputError
 from longpretrain.ranks import Ranks, free_port, publish
-from longpretrain.schedule import parameter_groups
 
+_NO_TIMEOUT = timedelta(days=30)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What an update did: whether it reached the weights, and the norm of the whole gradient
-    before clipping.
+    """What an update did: whether it reached the weights, the norm of the whole gradient before
+    clipping, and in fp16 what its loss was multiplied with.
     """
 
     applied: bool
     grad_norm: float
+    loss_scale: float | None = None
 
 
 def start_ranks(
-    ranks: Ranks, device: torch.device, is_stopped: Callable[[], bool] = lambda: False
+    ranks: Ranks,
+    device: torch.device,
+    is_stopped: Callable[[], bool] = lambda: False,
+    *,
+    timeout: timedelta = _NO_TIMEOUT,
 ) -> None:
     """Joins the process group (gloo on CPUs, nccl on GPUs); also for a run of one rank.
+
+    ``timeout`` ends a collective that does not: above the watchdog's, whose verdict names the rank.
 
     Raises:
         InputError: ranks that do not fit together, or that did not come.
@@ -69,7 +79,12 @@ def start_ranks(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = None if torch.distributed.is_initialized() else meet(ranks, is_stopped)
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    # DeepSpeed makes groups of its own, which take these.
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(torch.distributed.distributed_c10d, name, timeout)
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
+    )
     del store  # until here it kept the port: the group meets in it, too
 
 
@@ -86,24 +101,18 @@ class ZeroEngine:
         settings = read_zero_config(config.zero.config)
         self.stage: int = settings["zero_optimization"]["stage"]
         self._clip_norm = config.optim.clip_norm
-        optim = config.optim
-        on_gpu = next(model.parameters()).is_cuda
-        self._adam = torch.optim.AdamW(
-            parameter_groups(model.named_parameters(), optim),
-            lr=optim.lr,
-            betas=(optim.betas[0], optim.betas[1]),
-            eps=optim.eps,
-            fused=on_gpu or None,
-        )
+        self._adam = make_adam(model, config)
         settings |= _settings_of_recipe(config, accumulation)
         deepspeed = _deepspeed()
         # Its BF16 optimizer prints eight lines of memory figures; refusals come as exceptions.
-        with _without_fairseq(), contextlib.redirect_stdout(io.StringIO()):
+        with _hidden("fairseq"), contextlib.redirect_stdout(io.StringIO()):
             self._engine, _, _, _ = deepspeed.initialize(
                 model=model, optimizer=self._adam, config=settings
             )
         self.module: nn.Module = self._engine.module
         self._parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        is_scaled = config.precision == "fp16"
+        self._loss_scale = LossScale(self._engine.optimizer.loss_scaler) if is_scaled else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass."""
@@ -143,7 +152,10 @@ class ZeroEngine:
     def step(self) -> StepResult:
         """Ends the last micro-batch of an update: applies it if the gradient is finite."""
         norm = self._plain_norm() if self.stage == 0 else None
+        scale = self._loss_scale.value if self._loss_scale else None
         self._engine.step()
+        if self._loss_scale:
+            self._loss_scale.after_update()
         if norm is None:
             norm = float(self._engine.get_global_grad_norm())
         applied = bool(self._engine.was_step_applied()) if self.stage else _is_finite(norm)
@@ -152,7 +164,7 @@ class ZeroEngine:
                 f"DeepSpeed applied an update of gradient norm {norm} at stage {self.stage}; "
                 "the run stops before a checkpoint holds it"
             )
-        return StepResult(applied=applied, grad_norm=norm)
+        return StepResult(applied=applied, grad_norm=norm, loss_scale=scale)
 
     def _plain_norm(self) -> float:
         """Stage 0: the gradients are whole and reduced here. A non-finite one is dropped: AdamW
@@ -160,10 +172,50 @@ class ZeroEngine:
         """
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients))
-        if not _is_finite(norm):
+        is_finite = _is_finite(norm)
+        if not is_finite:
             for parameter in self._parameters.values():
                 parameter.grad = None
+        # DeepSpeed's clipping fails where there is nothing to clip.
+        self._engine._config.gradient_clipping = self._clip_norm if is_finite else 0.0
         return norm
+
+    def whole_shape(self, name: str) -> torch.Size:
+        """The shape of a parameter that may be sharded."""
+        return _whole_shape(self._parameters[name])
+
+    def own_span(self, name: str) -> tuple[int, int]:
+        """Which elements of a flattened parameter this rank holds in fp32: (first, how many)."""
+        parameter = self._parameters[name]
+        whole = _whole_shape(parameter).numel()
+        if self.stage == 0:
+            return 0, whole
+        if self.stage == 3:
+            start, size = _place_of_part(parameter)
+            return min(start, whole), max(0, min(size, whole - start))
+        fragment = parameter._hp_mapping
+        address = fragment.lp_fragment_address if fragment else None
+        return (address.start, address.numel) if address else (0, 0)
+
+    def own_part(self, name: str, key: str | None = None) -> torch.Tensor:
+        """The elements ``own_span`` of the fp32 master weight, or of a moment: flat, no copy where
+        DeepSpeed gives none.
+        """
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        parameter = self._parameters[name]
+        _, size = self.own_span(name)
+        if size == 0 or (key is not None and not self.updates_applied):
+            return torch.zeros(size)  # every update so far was skipped
+        if self.stage == 0:
+            value = parameter if key is None else self._adam.state[parameter][key]
+        elif self.stage < 3:
+            value = parameter._hp_mapping.get_hp_fragment(key)
+        elif key is None:
+            value = safe_get_local_fp32_param(parameter)
+        else:
+            value = safe_get_local_optimizer_state(parameter, key)
+        return torch.as_tensor(value).detach().flatten()[:size]  # stage 3 pads the last part
 
     def full_state(self, name: str, key: str | None = None) -> torch.Tensor:
         """The whole fp32 master weight of a parameter, or one of its moments, on the CPU. All
@@ -182,6 +234,29 @@ class ZeroEngine:
         else:
             value = safe_get_full_optimizer_state(parameter, key)
         return torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True).reshape(shape)
+
+    def full_gradient(self, name: str) -> torch.Tensor:
+        """The whole gradient of a parameter over all ranks and micro-batches, as the step will see
+        it: in fp32, still multiplied by the loss scale. All ranks must call it, between the last
+        backward pass of an update and its step.
+        """
+        from deepspeed.utils import safe_get_full_grad
+
+        parameter = self._parameters[name]
+        value = parameter.grad if self.stage == 0 else safe_get_full_grad(parameter)
+        if value is None:
+            return torch.zeros(_whole_shape(parameter))
+        return torch.as_tensor(value).detach().float().reshape(_whole_shape(parameter))
+
+    @property
+    def loss_scaling(self) -> dict[str, float]:
+        """What moves in the loss scale of fp16; empty where nothing is scaled."""
+        return self._loss_scale.state() if self._loss_scale else {}
+
+    @loss_scaling.setter
+    def loss_scaling(self, values: Mapping[str, float]) -> None:
+        if self._loss_scale and values:  # a run may go on in another precision
+            self._loss_scale.restore(values)
 
     def set_weights(self, read: Callable[[str], torch.Tensor]) -> None:
         """Sets every master weight, in fp32, from ``read(name)``. The working copies were loaded
@@ -261,9 +336,10 @@ def _settings_of_recipe(config: Config, accumulation: int) -> dict[str, Any]:
     }
     if config.precision == "bf16":
         settings["bf16"] = {"enabled": True}
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
     elif config.precision == "fp16":
         settings["fp16"] = {"enabled": True}
+    if config.precision != "fp32":
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
 
 
@@ -288,12 +364,17 @@ def _own_part(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
     Its function for whole tensors cuts them unpadded and fails where the number of elements, such
     as the 50,265 of RoBERTa's output bias, is no multiple of the number of ranks.
     """
-    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-    group = parameter.ds_process_group  # type: ignore[attr-defined]
-    ranks, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    start, size = _place_of_part(parameter)
     flat = value.flatten()
+    ranks = torch.distributed.get_world_size(parameter.ds_process_group)  # type: ignore[attr-defined]
     padded = nn.functional.pad(flat, (0, size * ranks - flat.numel()))
-    return padded.narrow(0, size * rank, size)
+    return padded.narrow(0, start, size)
+
+
+def _place_of_part(parameter: nn.Parameter) -> tuple[int, int]:
+    """First element and size of this rank's part at stage 3, padding counted."""
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    return size * torch.distributed.get_rank(parameter.ds_process_group), size  # type: ignore[attr-defined]
 
 
 def _is_finite(number: float) -> bool:
@@ -303,8 +384,9 @@ def _is_finite(number: float) -> bool:
 
 def _deepspeed() -> Any:
     """Imports deepspeed with its chatter below warnings off; our own lines say what matters."""
-    import deepspeed
-    import deepspeed.ops
+    with _hidden("apex"):  # whosever it is: DeepSpeed asks only whether it knows an optimizer
+        import deepspeed
+        import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed calls a collective by its old name; nothing that a user could change.
@@ -314,11 +396,11 @@ def _deepspeed() -> Any:
 
 
 @contextlib.contextmanager
-def _without_fairseq() -> Iterator[None]:
-    """Hides fairseq while DeepSpeed starts: it imports the package (3 to 9 s) only to name one
-    class.
+def _hidden(package: str) -> Iterator[None]:
+    """Hides a package from DeepSpeed, which imports it only to name a class of it: fairseq takes
+    3 to 9 s, and the apex of PyPI is not the one that it means.
     """
-    hidden: Mapping[str, Any] = {} if "fairseq" in sys.modules else {"fairseq": None}
+    hidden: Mapping[str, Any] = {} if package in sys.modules else {package: None}
     sys.modules.update(hidden)
     try:
         yield

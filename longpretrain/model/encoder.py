@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longpretrain.attention import AttentionPattern, sliding_attention
 from longpretrain.errors import InputError
+from longpretrain.model.layer_norm import LayerNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,8 @@ class ModelConfig:
     """Keys after the query are out of reach. Hugging Face's format lacks it."""
     attention_backend: str = "auto"
     """Which implementation runs attention; never stored."""
+    layer_norm_backend: str = "auto"
+    """What computes LayerNorm: auto, torch or apex; never stored."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -152,7 +155,7 @@ class Embeddings(nn.Module):
         positions = config.max_position_embeddings
         self.position_embeddings = nn.Embedding(positions, width, padding_idx=pad)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.LayerNorm = layer_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, tokens_BN: Tensor, position_BN: Tensor | None) -> Tensor:
@@ -231,7 +234,7 @@ class AddAndNorm(nn.Module):
     def __init__(self, config: ModelConfig, width_in: int) -> None:
         super().__init__()
         self.dense = nn.Linear(width_in, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = layer_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, branch_BNC: Tensor, residual_BNC: Tensor) -> Tensor:
@@ -327,6 +330,12 @@ class Encoder(nn.Module):
             # attention dropout is keyed by its seed.
             x_BNC = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
         return x_BNC
+
+
+def layer_norm(config: ModelConfig) -> LayerNorm:
+    """A LayerNorm of the model's width."""
+    backend = config.layer_norm_backend
+    return LayerNorm(config.hidden_size, eps=config.layer_norm_eps, backend=backend)
 
 
 def layer_seed(seed_B: Tensor, layer: int) -> Tensor:

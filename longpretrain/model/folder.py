@@ -67,7 +67,7 @@ _OUR_FILES = {
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _CHANGEABLE = (
     "attention_window", "dilation", "causal",
-    "hidden_dropout", "attention_dropout", "attention_backend",
+    "hidden_dropout", "attention_dropout", "attention_backend", "layer_norm_backend",
 )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def load_model(
         folder: a Hugging Face RoBERTa or Longformer folder, or a checkpoint of ours.
         changes: fields of ModelConfig to set otherwise than the folder: attention_window and
             dilation (a number for all, or one per layer or head), causal, the dropouts,
-            attention_backend.
+            attention_backend, layer_norm_backend.
         activation_checkpointing: recompute each layer in the backward pass.
 
     Raises:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longpretrain.errors import InputError
-from longpretrain.model.encoder import Encoder, ModelConfig
+from longpretrain.model.encoder import Encoder, ModelConfig, layer_norm
 
 
 class LMHead(nn.Module):
@@ -20,7 +20,7 @@ class LMHead(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm = layer_norm(config)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
         # Hugging Face stores this name; decoder.bias is the same parameter.
         self.bias = self.decoder.bias

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from longpretrain.report.line_file import LineFile
+
 
 def duration_text(seconds: float) -> str:
     """A time span for people: 42s, 3m12s, 1h02m, 3d04h."""
@@ -33,6 +35,44 @@ def count_text(number: float) -> str:
     return f"{number:.{digits}f}{unit}"
 
 
+class Eta:
+    """How long the rest of a run takes: its updates, and the pauses between them.
+
+    Args:
+        total_steps: updates of the run.
+        pause_every_steps: updates between the longest pauses (evaluations, checkpoints): one that
+            comes early in an attempt is not taken for one after every update. 0: not known.
+    """
+
+    def __init__(self, total_steps: int, pause_every_steps: int) -> None:
+        self._total_steps, self._every = total_steps, pause_every_steps
+        self._step_s: collections.deque[float] = collections.deque(maxlen=64)
+        self._first_step: int | None = None
+        self._paused_s = 0.0
+        self._last_at = 0.0
+
+    def update(self, step: int, step_s: float) -> float:
+        """Takes an update that has just ended; returns seconds until the last one has."""
+        now = time.monotonic()
+        if self._first_step is None:
+            self._first_step = step
+        else:
+            if step == self._first_step + 1:
+                self._step_s.clear()  # the first update of an attempt is slower than any other
+            self._paused_s += max(0.0, now - self._last_at - step_s)
+        self._last_at = now
+        self._step_s.append(step_s)
+        mean_s = sum(self._step_s) / len(self._step_s)
+        return (self._total_steps - step) * (mean_s + self._pause_s(step, self._first_step))
+
+    def _pause_s(self, step: int, first_step: int) -> float:
+        """Mean pause before an update; pauses follow updates whose number ``every`` divides."""
+        if not self._every:
+            return self._paused_s / max(1, step - first_step)
+        periods = (step - 1) // self._every - (first_step - 1) // self._every
+        return self._paused_s / (periods * self._every or max(step - first_step, 1))
+
+
 class Console:
     """Aligned lines for people, on a stream and in log.txt, beside a progress bar on a terminal."""
 
@@ -43,17 +83,21 @@ class Console:
     """Headings and widths: bits per masked token, wait as a share of the time, peak memory."""
 
     def __init__(
-        self, log_path: Path, *, total_steps: int, first_step: int | None, out: TextIO | None
+        self,
+        log_path: Path,
+        *,
+        total_steps: int,
+        first_step: int | None,
+        pause_every_steps: int = 0,
+        out: TextIO | None,
     ) -> None:
         self._total_steps = total_steps
         self._out: TextIO | None = out or sys.stdout
-        self._log = log_path.open(
-            "w" if first_step is None else "a", encoding="utf-8", errors="backslashreplace"
-        )  # a name that is not UTF-8 shall not stop a run
+        self._log = LineFile(log_path, self._show)
         self._has_header = False
         self._since_shown: list[dict[str, Any]] = []
-        # (step, monotonic time) of the last updates: evaluations and checkpoints count in the ETA.
-        self._recent: collections.deque[tuple[int, float]] = collections.deque(maxlen=64)
+        self._eta = Eta(total_steps, pause_every_steps)
+        self._left_s = 0.0
         self._bar: Any = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -69,7 +113,7 @@ class Console:
     def update(self, line: dict[str, Any], *, is_shown: bool) -> None:
         """Takes a train line in; loss and speed of a shown line are means since the last one."""
         self._since_shown.append(line)
-        self._recent.append((line["step"], time.monotonic()))
+        self._left_s = self._eta.update(line["step"], line["step_s"])
         if self._bar is not None:
             self._bar.update(line["step"] - self._bar.n)
         if not is_shown:
@@ -82,7 +126,10 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line, above the bar if there is one."""
-        print(text, file=self._log, flush=True)
+        self._log.write(text)
+        self._show(text)
+
+    def _show(self, text: str) -> None:
         if self._out is None:
             return
         try:
@@ -92,7 +139,7 @@ class Console:
                 print(text, file=self._out, flush=True)
         except OSError as error:  # a closed terminal or pipe must not end a run of days
             self._out = None
-            print(f"nothing more on the console: {error}", file=self._log, flush=True)
+            self._log.write(f"nothing more on the console: {error}")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -120,13 +167,8 @@ class Console:
             f"{sum(line['data_wait_s'] for line in lines) / seconds:.1%}",
             count_text(last["memory_peak_mb"] * 1e6) + "B",
             "-" if last["mfu"] is None else f"{last['mfu']:.1%}",
-            self._eta(last),
+            duration_text(self._left_s),
         ]
-
-    def _eta(self, last: Mapping[str, Any]) -> str:
-        (first_step, start), (step, now) = self._recent[0], self._recent[-1]
-        step_s = (now - start) / (step - first_step) if step > first_step else last["step_s"]
-        return duration_text((self._total_steps - step) * step_s)
 
     def _aligned(self, cells: Sequence[str]) -> str:
         widths = [width for _, width in self.COLUMNS]

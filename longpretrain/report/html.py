@@ -9,7 +9,6 @@ import html
 import json
 import math
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,9 @@ import yaml
 
 from longpretrain.errors import InputError
 from longpretrain.files import write_atomically
+from longpretrain.report import history
 from longpretrain.report.console import count_text, duration_text
+from longpretrain.report.history import clock
 from longpretrain.report.metrics import read_metrics
 from longpretrain.report.page import folded, page_html, table_html
 from longpretrain.report.plots import Curve, describe, plot_svg
@@ -107,10 +108,13 @@ def _setup(folder: Path, events: Sequence[Line]) -> Line:
 def _page(run: _Run) -> str:
     name = str(run.config.get("name") or run.folder.resolve().name)
     header = f"{_status(run)}\n{_tiles(run)}"
-    main = (
-        f"{_plots(run)}\n{_evaluations(run)}\n{_scores(run)}\n{_facts(run)}\n{_events(run)}\n"
-        f"{_config(run)}"
-    )
+    main = "\n".join([
+        _plots(run), _evaluations(run), _scores(run), history.attempts_html(run.events),
+        history.skipped_html(run.train, run.events),
+        history.ranks_html(run.train, _marks(run)),
+        history.checkpoints_html(run.train, run.events),
+        _facts(run), _events(run), _config(run),
+    ])  # fmt: skip
     return page_html(f"{name}: pretraining report", name, header, main)
 
 
@@ -121,7 +125,7 @@ def _status(run: _Run) -> str:
     last = run.train[-1]["step"] if run.train else 0
     total = _get(run.config, "schedule", "total_steps")
     steps = f"step {last:,}" + (f" of {total:,}" if isinstance(total, int) else "")
-    logged = f"; last update logged {_clock(run.train[-1].get('time'))}" if run.train else ""
+    logged = f"; last update logged {clock(run.train[-1].get('time'))}" if run.train else ""
     said = f": {html.escape(reason)}" if reason else ""
     return (
         f'<p><span class="status {look}">{html.escape(state)}</span>{steps}{said}</p>'
@@ -147,6 +151,12 @@ def _tiles(run: _Run) -> str:
         tiles.append(
             (duration_text(sum(line["step_s"] for line in run.train)), "in training steps")
         )
+    restarts = len(history.resumes(run.events))
+    if restarts:
+        tiles.append((f"{restarts:,}", "restart" if restarts == 1 else "restarts"))
+        tiles.append((f"{history.lost_steps(run.events):,}", "updates done again"))
+    if run.train and run.train[-1].get("skipped"):
+        tiles.append((f"{run.train[-1]['skipped']:,}", "updates skipped"))
     shown = "".join(f"<li><b>{value}</b><span>{label}</span></li>" for value, label in tiles)
     return f'<ul class="tiles">{shown}</ul>' if tiles else ""
 
@@ -162,7 +172,7 @@ def _mean_bits(lines: Sequence[Line]) -> str:
 def _plots(run: _Run) -> str:
     if not run.train and not run.evaluations:
         return "<h2>Curves</h2>\n<p>No update is logged yet.</p>"
-    marks = [line["step"] for line in run.events if str(line.get("event")).startswith("resumed")]
+    marks = _marks(run)
     figures = [_loss_figure(run, marks)]
     if run.train:
         norms = [value for value in _column(run.train, "grad_norm") if value > 0]
@@ -181,6 +191,10 @@ def _plots(run: _Run) -> str:
         f'<h2>Curves</h2>\n<p class="quiet">By update.{band}{note}</p>\n'
         f'<div class="plots">{"".join(figures)}</div>'
     )
+
+
+def _marks(run: _Run) -> list[float]:
+    return [line["step"] for line in history.resumes(run.events)]
 
 
 def _loss_figure(run: _Run, marks: Sequence[float]) -> str:
@@ -292,7 +306,7 @@ def _events(run: _Run) -> str:
     if not run.events:
         return ""
     rows = [
-        [f"{line['step']:,}", _clock(line.get("time")), str(line.get("event", ""))]
+        [f"{line['step']:,}", clock(line.get("time")), str(line.get("event", ""))]
         for line in run.events
     ]
     table = folded(
@@ -308,12 +322,6 @@ def _config(run: _Run) -> str:
         "<h2>Configuration</h2>\n<details><summary>config.yaml, every key of the run</summary>"
         f"<pre>{html.escape(run.config_text)}</pre></details>"
     )
-
-
-def _clock(seconds: object) -> str:
-    if not isinstance(seconds, int | float):
-        return ""
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
 def _column(lines: Sequence[Line], field: str) -> list[float]:

@@ -5,7 +5,7 @@ metrics.jsonl holds one JSON object per line, of three kinds: ``train`` (one per
 resumed, preempted). A number is either in ``DETERMINISTIC``, and then the same in every repetition
 of the run on one device kind, or in ``MEASURED``. A resumed run cuts the file back to its
 checkpoint and goes on, so that ``deterministic(read_metrics(path))`` equals that of a run that
-never stopped.
+never stopped. Events stay, also those of steps that are done again: they are the run's history.
 
 "Bits" are bits per masked token, log2 cross-entropy per masked wordpiece: what the Longformer paper
 calls BPC (section 5). Speed is of the whole run (all ranks), memory of the rank that writes.
@@ -13,9 +13,9 @@ calls BPC (section 5). Speed is of the whole run (all ranks), memory of the rank
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -27,10 +27,12 @@ from typing import Any, Self, TextIO
 from longpretrain.errors import InputError
 from longpretrain.files import write_atomically
 from longpretrain.report.console import Console, duration_text
+from longpretrain.report.line_file import LineFile
+from longpretrain.report.tensorboard import TensorBoard
 
 DETERMINISTIC = (
     "kind", "name", "step", "epoch", "samples", "loss", "bits", "lr", "grad_norm",
-    "masked_tokens", "tokens", "skipped", "sample_ids",
+    "masked_tokens", "tokens", "skipped", "loss_scale", "sample_ids",
 )  # fmt: skip
 """Fields that repeat exactly: loss in nats per masked token, tokens, masked_tokens and (if
 ``log.sample_ids``) the sequences of that update, samples and skipped (updates without effect) since
@@ -123,17 +125,19 @@ class MetricsLog:
 
     Lines reach the file at once; ``sync()`` before a checkpoint becomes the latest makes sure that
     the lines up to it survive a crash of the machine. Evaluate before the checkpoint of the same
-    step: a resumed run keeps the lines up to and including its checkpoint's step.
+    step: a resumed run keeps the lines up to and including its checkpoint's step. A disk that takes
+    no more lines is told once, and does not end the run (line_file.py).
 
     Args:
         run_dir: the run folder, made if missing; gets metrics.jsonl, log.txt and tensorboard/.
         total_steps: updates of the whole run, for progress and ETA.
-        resume_from_step: None starts anew (earlier lines go); k keeps the lines of steps <= k.
+        resume_from_step: k keeps the lines of steps <= k, None keeps none; events stay.
         every_steps: updates between lines on the console; metrics.jsonl has every update.
         tensorboard: also write TensorBoard events.
         is_writer: True on rank 0 only.
         flops_per_token: of one update, see ``train_flops_per_token``; for MFU.
         peak_flops: of all devices together, see ``peak_flops``; None: MFU is not known.
+        pause_every_steps: updates between evaluations, or checkpoints; for the ETA.
         console: where the lines go; None is stdout. A bar goes to stderr when that is a terminal.
     """
 
@@ -148,6 +152,7 @@ class MetricsLog:
         is_writer: bool = True,
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
+        pause_every_steps: int = 0,
         console: TextIO | None = None,
     ) -> None:
         self.path = run_dir / "metrics.jsonl"
@@ -155,17 +160,22 @@ class MetricsLog:
         if not is_writer:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        _cut(self.path, resume_from_step)
+        cut = _cut(self.path, resume_from_step)
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._every_steps, self._total_steps = every_steps, total_steps
         self._is_first = True
-        self._file = self.path.open("a", encoding="utf-8", newline="\n")
         self._console = Console(
-            run_dir / "log.txt", total_steps=total_steps, first_step=resume_from_step, out=console
-        )
+            run_dir / "log.txt", total_steps=total_steps, first_step=resume_from_step,
+            pause_every_steps=pause_every_steps, out=console,
+        )  # fmt: skip
+        self._file = LineFile(self.path, self._console.say)
+        for line in cut:  # in the file already
+            self._console.say(f"step {line['step']}: {line['event']}")
         self._tensorboard = None
         if tensorboard:
-            self._tensorboard = _open_tensorboard(run_dir, resume_from_step, self._console)
+            first_step = 0 if resume_from_step is None else resume_from_step + 1
+            folder = run_dir / "tensorboard"
+            self._tensorboard = TensorBoard(folder, first_step, self._console.say)
 
     def report(self, line: Mapping[str, Any]) -> None:
         """Takes one line in; fields beyond these are written as they are.
@@ -188,18 +198,18 @@ class MetricsLog:
     def sync(self) -> None:
         """Makes the lines so far survive a crash of the machine."""
         if self._is_writer:
-            os.fsync(self._file.fileno())
+            self._file.sync()
             if self._tensorboard is not None:
                 self._tensorboard.flush()
 
     def close(self) -> None:
         """Closes the files and takes the progress bar away; safe to call twice."""
-        if self._is_writer and not self._file.closed:
+        if self._is_writer and not self._file.is_closed:
             self.sync()
-            self._file.close()
-            self._console.close()
+            self._file.close()  # it may have something to say
             if self._tensorboard is not None:
                 self._tensorboard.close()
+            self._console.close()
 
     def __enter__(self) -> Self:
         return self
@@ -245,24 +255,17 @@ class MetricsLog:
     def _write(self, line: Mapping[str, Any]) -> dict[str, Any]:
         written = {key: _plain(key, value) for key, value in line.items()}
         written["time"] = round(time.time(), 3)
-        self._file.write(json.dumps(written, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.write(json.dumps(written, allow_nan=False))
         return written
 
     def _scalars(self, group: str, line: Mapping[str, Any], names: Sequence[str]) -> None:
-        if self._tensorboard is None:
-            return
-        for name in names:
-            if name != "time" and line.get(name) is not None:
-                self._tensorboard.add_scalar(f"{group}/{name}", line[name], line["step"])
+        if self._tensorboard is not None:
+            self._tensorboard.scalars(group, line, [name for name in names if name != "time"])
 
 
 def _parse(path: Path, number: int, row: bytes) -> dict[str, Any]:
-    try:
-        line = json.loads(row)
-    except ValueError:
-        line = None
-    if not isinstance(line, dict) or "kind" not in line or "step" not in line:
+    line = _as_line(row)
+    if line is None:
         raise InputError(
             f"metrics {path} line {number}", got="no metrics line",
             wanted="an object with kind and step",
@@ -271,23 +274,50 @@ def _parse(path: Path, number: int, row: bytes) -> dict[str, Any]:
     return line
 
 
-def _cut(path: Path, resume_from_step: int | None) -> None:
-    """Leaves only whole lines of steps <= resume_from_step; None leaves none."""
-    lines: list[dict[str, Any]] = []
-    if resume_from_step is not None and path.exists():
-        lines = [line for line in read_metrics(path) if line["step"] <= resume_from_step]
-    write_atomically(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
-
-
-def _open_tensorboard(run_dir: Path, resume_from_step: int | None, console: Console) -> Any:
+def _as_line(row: bytes) -> dict[str, Any] | None:
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        console.say(f"no TensorBoard events: {error}; metrics.jsonl has the same numbers")
+        line = json.loads(row)
+    except (ValueError, RecursionError):
         return None
-    # Readers drop what an earlier, longer attempt wrote from this step on.
-    purge_step = 0 if resume_from_step is None else resume_from_step + 1
-    return SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=purge_step)
+    is_line = isinstance(line, dict) and "kind" in line and type(line.get("step")) is int
+    return line if is_line else None
+
+
+def _cut(path: Path, resume_from_step: int | None) -> list[dict[str, Any]]:
+    """Leaves the lines of steps <= resume_from_step, and every event; None leaves events alone.
+
+    Returns the events that it adds, in the same write: updates that no checkpoint holds are lost,
+    and a crash of the machine may leave rows that are no lines (a run that can go on is not
+    stopped by its journal).
+    """
+    first_step = resume_from_step or 0
+    rows = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    found = [_as_line(row) for row in rows[:-1]]
+    lines = [line for line in found if line is not None]
+    lost = [line for line in lines if line["kind"] == "train" and line["step"] > first_step]
+    kept = [
+        line
+        for line in lines
+        if line["kind"] == "event"
+        or (resume_from_step is not None and line["step"] <= resume_from_step)
+    ]
+    added: list[dict[str, Any]] = []
+    head = {"kind": "event", "step": first_step, "time": round(time.time(), 3)}
+    broken = [str(number) for number, line in enumerate(found, 1) if line is None]
+    if broken:
+        listed = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")
+        event = f"metrics.jsonl: no metrics line on line {listed}: left out"
+        added.append(head | {"event": event, "broken_lines": len(broken)})
+    if lost:
+        seconds = sum(float(line.get("step_s") or 0) for line in lost)
+        event = (
+            f"{len(lost)} updates after step {first_step} are not in a checkpoint and are done "
+            f"again ({duration_text(seconds)} of training)"
+        )
+        added.append(head | {"event": event, "lost_steps": len(lost), "lost_s": round(seconds, 3)})
+    texts = [json.dumps(line, allow_nan=False) + "\n" for line in itertools.chain(kept, added)]
+    write_atomically(path, "".join(texts))
+    return added
 
 
 def _plain(key: str, value: Any) -> Any:

@@ -65,6 +65,7 @@ def model_changes(config: Config) -> dict[str, object]:
     recipe = config.model
     named = {
         "attention_backend": recipe.attention_backend,
+        "layer_norm_backend": config.kernels.layer_norm,
         "attention_window": recipe.attention_window,
         "dilation": recipe.dilation,
         "causal": recipe.causal,
@@ -173,6 +174,10 @@ class MaskedLMTask:
     def version(self, number: int) -> int:
         """The version of the mix that sample ``number`` belongs to, from 0."""
         return self.sources.mix.version(number)
+
+    def describe(self, number: int) -> dict[str, Any]:
+        """Source, folder, pass and block of sample ``number``."""
+        return self.sources.describe(number)
 
     def sample(self, number: int) -> Sample:
         """Sample ``number``: its block, masked for its epoch, and its dropout seed for its

@@ -94,6 +94,17 @@ class Sources:
         place = self.mix.locate(number)
         return self._sources[place.source].blocks, place.epoch, place.block
 
+    def describe(self, number: int) -> dict[str, str | int]:
+        """Where sample ``number`` is from, for a person: source, folder, pass and block."""
+        place = self.mix.locate(number)
+        source = self._sources[place.source]
+        return {
+            "source": source.name,
+            "folder": str(source.blocks.corpus.folder),
+            "epoch": place.epoch,
+            "block": place.block,
+        }
+
     def epoch(self, number: int) -> int:
         """The pass, from 0, that sample ``number`` is in over the source that was repeated most."""
         counts = self.mix.counts(number + 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -139,7 +140,7 @@ class Cells:
 
     def row(self, way: Way, scenario: str) -> Row:
         """Runs one cell."""
-        run_dir = self._work / f"{scenario}-{WAYS.index(way)}" / "run"
+        run_dir = self._work / re.sub(r"\W+", "-", f"{scenario} {way.name}") / "run"
         run_dir.parent.mkdir(parents=True)
         problems: list[str] = []
         measured = ""

@@ -1,0 +1,367 @@
+"""Saves while training goes on: the step pays for a copy in memory, threads do the rest.
+
+1. ``begin``: at a step boundary every rank copies its share of whole tensors into host memory.
+2. A thread per rank writes, hashes and syncs its files into a hidden folder.
+3. When all have written, at a later step boundary, the ranks exchange the hashes, and a thread of
+   rank 0 writes the small files, renames, moves ``latest`` and removes what is too old.
+
+Threads take part in no collective: their state rides in the all-reduce that every update has
+anyway (``flags`` and ``advance``), so that all ranks take each turn at the same step. One save is
+under way at a time. A disk that is full costs a line and the save, not the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+import torch.distributed as dist
+
+from longpretrain.config import Config
+from longpretrain.engine import retention
+from longpretrain.engine.complete import Written, complete, file_name
+from longpretrain.engine.gather import Share
+from longpretrain.engine.task import Task
+from longpretrain.engine.tensor_file import write_tensors
+from longpretrain.engine.zero import ZeroEngine
+from longpretrain.report.metrics import MetricsLog
+
+FLAGS = 3
+RETRY_S = 60.0
+"""After a save that failed the next is tried, if none is due before; twice as long each time."""
+_LONGEST_RETRY_S = 1800.0
+ATTEMPTS_AT_END = 3
+_PAUSE_S = 5.0
+_NICE = 10
+
+
+class _CalledOffError(Exception):
+    """Another rank failed, or the run ends: what this thread writes is of no use."""
+
+
+@dataclass
+class _Job:
+    """What a thread does, and how it went."""
+
+    thread: threading.Thread | None = None
+    written: Written = field(default_factory=Written)
+    problems: list[str] = field(default_factory=list)
+    """Of no consequence for the checkpoint, such as an old one that cannot be removed."""
+    error: Exception | None = None
+    done_bytes: int = 0
+
+    @property
+    def is_busy(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+
+@dataclass
+class _Save:
+    """One save under way."""
+
+    state: Mapping[str, Any]
+    part: Path
+    final: Path
+    began: float
+    phase: Literal["writing", "completing"] = "writing"
+    job: _Job = field(default_factory=_Job)
+    waited_s: float = 0.0
+    size_bytes: int = 0
+
+
+class Saver:
+    """Writes the checkpoints of a run. Every rank has one and calls the same of it at each step.
+
+    Args:
+        config: run folder, and what ``checkpoint`` says.
+        engine: holds weights and moments, sharded or not.
+        task: names the tensors and writes config and tokenizer.
+        metrics: told of each save.
+        step: of the checkpoint that the run goes on from; 0 at its beginning.
+        mark: told when a wait for the disk makes progress.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: ZeroEngine,
+        task: Task,
+        metrics: MetricsLog,
+        *,
+        step: int,
+        mark: Callable[[str], None] = lambda what: None,
+    ) -> None:
+        self._config, self._engine, self._task = config, engine, task
+        self._metrics, self._mark = metrics, mark
+        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        self.saved_step = self._tried_step = step
+        self._tried_at = time.monotonic()
+        self._retry_s = 0.0
+        self._why = ""
+        self._share: Share | None = None
+        self._save: _Save | None = None
+        self._called_off = threading.Event()
+        self._is_time = self._is_last = False
+        names = [uuid.uuid4().hex[:8]]
+        if self._rank == 0:
+            retention.remove_left_overs(config.run_dir)
+        dist.broadcast_object_list(names, src=0)  # nobody writes before the left-overs are gone
+        self._attempt = names[0]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        """Ends a thread that is left: after an error there is nobody to agree with."""
+        self._called_off.set()
+        if self._save and self._save.job.thread:
+            self._save.job.thread.join()
+
+    def flags(self) -> list[float]:
+        """What this rank adds to the update's all-reduce: ``FLAGS`` numbers."""
+        job = self._save.job if self._save else _Job()
+        busy = job.is_busy
+        return [float(busy), float(not busy and job.error is not None), float(self._is_due_here())]
+
+    def advance(self, flags: Sequence[float]) -> None:
+        """Takes the sums of all ranks' flags in and goes on with the save under way."""
+        busy, failed, due = flags
+        self._is_time = due > 0
+        if self._save is None:
+            return
+        if failed:
+            self._called_off.set()
+        if not busy:
+            self._turn(self._save)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a save should begin after this step; the same on every rank."""
+        every = self._config.checkpoint.every_steps
+        return self._is_time or bool(every and step // every > self._tried_step // every)
+
+    def begin(self, state: Mapping[str, Any]) -> None:
+        """Begins a save, after one that is still under way. ``state`` is what state.json holds
+        beside hashes and versions; its ``step`` names the folder.
+        """
+        step = state["step"]
+        if self._save is not None:
+            name = self._save.final.name
+            waited_s = self.finish()
+            self._metrics.say(
+                f"step {step}: waited {waited_s:.1f} s until {name} was written, before the next"
+            )
+        self._metrics.sync()  # a resumed run goes on from the lines up to this step
+        began = time.monotonic()
+        self._is_time = False
+        self._tried_step, self._tried_at = step, began
+        self._called_off.clear()
+        self._share = self._share or Share(self._engine, self._task)
+        share = self._share.take()
+        final = self._config.run_dir / "checkpoints" / f"step-{step:06d}"
+        save = _Save(
+            state=dict(state),
+            part=final.with_name(f".{final.name}.{self._attempt}.part"),
+            final=final,
+            began=began,
+            size_bytes=self._share.size_bytes,
+        )
+        self._run(save, lambda job: self._write(job, save.part, share))
+        self._save = save
+        save.waited_s = time.monotonic() - began
+        if not self._config.checkpoint.asynchronous:
+            self.finish()
+            self._share.release()
+
+    def finish(self) -> float:
+        """Waits until no save is under way; returns the seconds that it took."""
+        began = time.monotonic()
+        while self._save is not None:
+            self._wait(self._save)
+            self._turn(self._save, since=began)
+        return time.monotonic() - began
+
+    def save_last(self, state: Mapping[str, Any]) -> str:
+        """Makes sure that a state is in a checkpoint before the run ends, with some attempts.
+
+        Returns:
+            Why it is not; nothing if all is well.
+        """
+        self._is_last = True
+        for attempt in range(ATTEMPTS_AT_END):
+            if attempt:
+                time.sleep(_PAUSE_S)
+            if attempt or self._tried_step != state["step"]:
+                self.begin(state)
+            self.finish()
+            if self.saved_step == state["step"]:
+                return ""
+        return (
+            f"the checkpoint of step {state['step']} could not be written ({self._why}); that of "
+            f"step {self.saved_step} is the newest"
+        )
+
+    def _is_due_here(self) -> bool:
+        """By the clock of rank 0: clocks differ."""
+        waited_s = time.monotonic() - self._tried_at
+        minutes = self._config.checkpoint.every_minutes
+        if self._rank or self._save is not None:
+            return False
+        return bool(
+            (minutes and waited_s >= 60 * minutes) or (self._retry_s and waited_s >= self._retry_s)
+        )
+
+    def _run(self, save: _Save, work: Callable[[_Job], None]) -> None:
+        """Starts a thread of this phase; what goes wrong in it is kept."""
+        save.job = job = _Job()
+
+        def run() -> None:
+            with contextlib.suppress(OSError):  # training comes first where they share processors
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+            try:
+                work(job)
+            except Exception as error:  # the main thread tells it
+                job.error = error
+
+        job.thread = threading.Thread(target=run, name=f"saver-{save.phase}", daemon=True)
+        job.thread.start()
+
+    def _write(
+        self, job: _Job, part: Path, share: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> None:
+        """The thread of every rank: its files. A failure gives their room back at once."""
+
+        def tell(size: int) -> None:
+            job.done_bytes += size
+            if self._called_off.is_set():
+                raise _CalledOffError
+
+        hashes: dict[str, str] = {}
+        paths = {kind: part / file_name(kind, self._rank, self._ranks) for kind in share}
+        try:
+            part.mkdir(parents=True, exist_ok=True)
+            for kind, tensors in share.items():
+                hashes[paths[kind].name] = write_tensors(paths[kind], tensors, tell)
+            sizes = {path.name: path.stat().st_size for path in paths.values()}
+        except BaseException:
+            for path in paths.values():
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            raise
+        names = {paths[kind].name: sorted(tensors) for kind, tensors in share.items()}
+        job.written = Written(hashes=hashes, sizes=sizes, tensors=names)
+
+    def _complete(self, save: _Save, job: _Job, everyone: Sequence[Written]) -> None:
+        """The thread of rank 0: a checkpoint of what all have written."""
+        settings = self._config.checkpoint
+        complete(save.part, save.final, self._task, everyone, save.state)
+        job.problems = retention.remove_old(
+            self._config.run_dir,
+            save.state["step"],
+            keep=settings.keep,
+            keep_every_steps=settings.keep_every_steps,
+        )
+
+    def _wait(self, save: _Save) -> None:
+        """Joins this rank's thread. Only bytes that go out count as progress."""
+        marked = -1
+        while save.job.thread is not None and save.job.is_busy:
+            if save.job.done_bytes != marked:
+                marked = save.job.done_bytes
+                self._mark(f"step {save.state['step']}: checkpoint")
+            save.job.thread.join(timeout=1.0)
+
+    def _turn(self, save: _Save, *, since: float | None = None) -> None:
+        """From one phase to the next; all ranks, no thread of theirs at work. ``since``: when the
+        wait for it began.
+        """
+        error = save.job.error
+        told: list[tuple[Written, str, bool]] = [(Written(), "", False)] * self._ranks
+        mine = "" if error is None else _text(error)
+        is_bug = error is not None and not isinstance(error, OSError | _CalledOffError)
+        dist.all_gather_object(told, (save.job.written, mine, is_bug))
+        problems = [
+            f"rank {rank}: {text}" if self._ranks > 1 else text
+            for rank, (_, text, _) in enumerate(told)
+            if text
+        ]
+        if any(bug for _, _, bug in told):
+            self._save = None
+            raise RuntimeError("writing a checkpoint failed: " + "; ".join(problems)) from error
+        if problems:
+            self._failed(save, problems)
+        elif save.phase == "writing":
+            save.phase = "completing"
+            everyone = [written for written, _, _ in told]
+            save.job = _Job()
+            if self._rank == 0:
+                self._run(save, lambda job: self._complete(save, job, everyone))
+        else:
+            self._succeeded(save, since)
+
+    def _succeeded(self, save: _Save, since: float | None) -> None:
+        self._save = None
+        self.saved_step, self._retry_s, self._why = save.state["step"], 0.0, ""
+        now = time.monotonic()
+        waited_s = save.waited_s + (now - since if since else 0.0)
+        line = {
+            "kind": "event",
+            "step": self.saved_step,
+            "event": f"checkpoint {save.final.name} in {now - save.began:.1f} s, "
+            f"of which the ranks waited {waited_s:.2g} s",
+            "checkpoint": save.final.name,
+            "checkpoint_s": now - save.began,
+            "waited_s": waited_s,
+        }
+        self._metrics.report(line)
+        for problem in save.job.problems:
+            self._metrics.say(
+                f"WARNING: an old checkpoint stays, as it cannot be removed: {problem}"
+            )
+
+    def _failed(self, save: _Save, problems: Sequence[str]) -> None:
+        self._save = None
+        if self._rank == 0:
+            shutil.rmtree(save.part, ignore_errors=True)
+        # Who was called off says so, after who called it off.
+        causes = [text for text in problems if not text.endswith(_text(_CalledOffError()))]
+        self._why = (causes or problems)[0]
+        self._retry_s = min(max(RETRY_S, 2 * self._retry_s), _LONGEST_RETRY_S)
+        self._tried_at = time.monotonic()
+        then = ""
+        if not self._is_last:
+            then = "; training goes on. Free some room: the next attempt is in "
+            then += f"{self._retry_s:.0f} s, or at the next interval if that is sooner"
+        self._metrics.report(
+            {
+                "kind": "event",
+                "step": save.state["step"],
+                "event": f"WARNING: checkpoint {save.final.name} could NOT be written: "
+                f"{self._why}. That of step {self.saved_step} is still the newest{then}",
+                "checkpoint_failed": save.final.name,
+                "reason": self._why,
+            }
+        )
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, _CalledOffError):
+        return "called off"
+    if isinstance(error, OSError) and error.errno:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{os.strerror(error.errno).lower()}{where}"
+    return f"{type(error).__name__}: {error}"

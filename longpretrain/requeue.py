@@ -1,0 +1,220 @@
+"""A job of Slurm before and after its ranks: does it go on in the queue, and when is it given up?
+
+slurm/pretrain.sbatch asks before and after each attempt. The count stands in the run folder, for an
+attempt may end without a word, with the machine that it ran on. Restarts in a row that brought no
+new checkpoint are limited, whoever requeued the job, and a job that is submitted anew counts from
+zero. How an attempt ended is told by status.json: launchers change exit codes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from longpretrain.config import Config
+from longpretrain.engine import checkpoint, run_folder
+from longpretrain.errors import InputError
+from longpretrain.files import read_json_object, write_atomically
+from longpretrain.terminal import BAD_INPUT, FAILED
+
+MOST_RESTARTS = "LONGPRETRAIN_MAX_RESTARTS"
+"""How many restarts in a row may bring no new checkpoint; slurm/env.sh sets it."""
+PREEMPTED = 75
+_DEFAULT_MOST = 3
+_POINTLESS = ("InputError", "FloatingPointError")
+"""Errors that the same run would meet again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempts:
+    """What a run folder remembers of a job's attempts."""
+
+    job: str = ""
+    step: int = 0
+    """Of the newest checkpoint, when they were counted last."""
+    restarts: int = 0
+    """Since then."""
+    is_open: bool = False
+    """An attempt began, and nobody has said how it ended."""
+    began: float = 0.0
+    fresh_is_due: bool = False
+    """The job was given --fresh, and the folder is still the old run's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What Slurm says of the job while its batch script still runs."""
+
+    is_running: bool = True
+    """Slurm has not ended it: what becomes of it is ours to say."""
+    is_warned: bool = False
+    """Its place is to be given to another job, or its time is over."""
+    is_requeued: bool = False
+    """By Slurm itself, as after the loss of a node."""
+
+
+def begin(config: Config, *, fresh: bool, environment: Mapping[str, str]) -> int:
+    """Before the ranks start. Prints ``--fresh`` if it counts in this attempt.
+
+    Returns:
+        0 to go on, 1 if the job was restarted in vain often enough.
+    """
+    run_dir, job = config.run_dir, environment["SLURM_JOB_ID"]
+    seen = _read(run_dir)
+    is_first = environment.get("SLURM_RESTART_COUNT", "0") == "0"
+    if is_first or (seen.job == job and seen.fresh_is_due):
+        if fresh:
+            print("--fresh")
+        due = fresh and (run_dir / run_folder.CONFIG).is_file()  # then this note moves aside, too
+        seen = Attempts(job=job, step=checkpoint.kept_step(run_dir), fresh_is_due=due)
+    elif seen.job != job or seen.is_open:
+        seen, why_not = _counted(seen, job, run_dir, environment)
+        if why_not:
+            print(f"longpretrain train: job {job} is given up: {why_not}", file=sys.stderr)
+            return FAILED
+    _write(run_dir, replace(seen, is_open=True, began=time.time()))
+    return 0
+
+
+def end(config: Config, code: int, *, warned: bool, environment: Mapping[str, str]) -> int:
+    """After the ranks: requeues the job, or says why not.
+
+    Args:
+        config: the run.
+        code: what the launcher ended with.
+        warned: whether Slurm told the batch script that the job's time ends (SIGUSR1).
+        environment: of the batch script.
+
+    Returns:
+        what the batch script should end with.
+    """
+    run_dir, job = config.run_dir, environment["SLURM_JOB_ID"]
+    seen = _read(run_dir)
+    status = _status_since(run_dir, seen.began if seen.job == job else 0.0)
+    standing = _standing(job, environment)
+    standing = replace(standing, is_warned=standing.is_warned or warned)
+    why_not, code = decide(status, code, standing)
+    if not why_not and standing.is_requeued:  # counted when it begins again
+        print(f"longpretrain train: job {job} is requeued by Slurm", file=sys.stderr)
+        return code
+    if not why_not:
+        seen, why_not = _counted(seen, job, run_dir, environment)
+    if not why_not:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    _write(run_dir, replace(seen, job=job, is_open=False))
+    why_not = why_not or _requeue(job)
+    what = f"job {job} is not requeued: {why_not}" if why_not else f"job {job} is requeued"
+    print(f"longpretrain train: {what}", file=sys.stderr, flush=True)
+    return code if why_not else 0
+
+
+def decide(status: Mapping[str, object], code: int, standing: Standing) -> tuple[str, int]:
+    """Why a job should not go on, or ""; and what it ends with if it does not.
+
+    Args:
+        status: what this attempt left in status.json; empty if it did not get so far.
+        code: what the launcher ended with.
+        standing: of the job.
+    """
+    state, reason = status.get("state"), str(status.get("reason", ""))
+    if state == "done":
+        return "the run is done", 0
+    code = PREEMPTED if state == "preempted" else code or FAILED
+    if not (standing.is_running or standing.is_warned or standing.is_requeued):
+        return "it was cancelled", code
+    if state == "preempted":
+        is_asked = reason in ("SIGTERM", "SIGINT") and standing == Standing()
+        return f"{reason} asked it to stop" if is_asked else "", code
+    if code == BAD_INPUT or any(f": {error}: " in reason for error in _POINTLESS):
+        return "it would fail again in the same way", code
+    return "", code
+
+
+def _counted(
+    seen: Attempts, job: str, run_dir: Path, environment: Mapping[str, str]
+) -> tuple[Attempts, str]:
+    """With one more restart; and why it is one too many, or ""."""
+    step, most = checkpoint.kept_step(run_dir), _most_restarts(environment)
+    restarts = 0 if step > seen.step else seen.restarts
+    if restarts >= most:
+        return replace(seen, job=job), (
+            f"{restarts} restarts brought no new checkpoint after that of step {step}, and "
+            f"{MOST_RESTARTS} is {most}; see {run_dir / run_folder.STATUS}, and submit it again"
+        )
+    return replace(seen, job=job, step=max(step, seen.step), restarts=restarts + 1), ""
+
+
+def _status_since(run_dir: Path, began: float) -> dict[str, object]:
+    """status.json, if this attempt wrote it: one that was refused at once leaves the old one."""
+    with contextlib.suppress(InputError):
+        status = run_folder.read_status(run_dir)
+        if status.get("time", 0.0) >= round(began, 3):
+            return status
+    return {}
+
+
+def _standing(job: str, environment: Mapping[str, str]) -> Standing:
+    told = _scontrol("-o", "show", "job", job).stdout
+    fields_of_job = dict(re.findall(r"(\w+)=(\S*)", told))
+    restarts = int(fields_of_job.get("Restarts", "0"))
+    return Standing(
+        is_running=fields_of_job.get("JobState", "RUNNING") == "RUNNING",
+        is_warned=fields_of_job.get("PreemptTime", "None") != "None"
+        or fields_of_job.get("Reason") == "TimeLimit",
+        is_requeued=restarts > int(environment.get("SLURM_RESTART_COUNT", "0")),
+    )
+
+
+def _requeue(job: str) -> str:
+    """Puts the job back into the queue; returns what went wrong, or "". Slurm then ends this
+    process with the batch script.
+    """
+    finished = _scontrol("requeue", job)
+    return f"scontrol: {finished.stderr.strip()}" if finished.returncode else ""
+
+
+def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(  # noqa: S603
+            ["scontrol", *words],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(words, FAILED, "", str(error))
+
+
+def _most_restarts(environment: Mapping[str, str]) -> int:
+    text = environment.get(MOST_RESTARTS) or str(_DEFAULT_MOST)
+    if not text.isdecimal():
+        raise InputError(
+            f"environment variable {MOST_RESTARTS}",
+            got=text,
+            wanted="a whole number",
+            way_out="Set it in slurm/env.sh, or leave it out.",
+        )
+    return int(text)
+
+
+def _read(run_dir: Path) -> Attempts:
+    """A note that is missing or damaged is one of nothing."""
+    try:
+        return Attempts(**read_json_object(run_dir / run_folder.ATTEMPTS))
+    except (InputError, TypeError):
+        return Attempts()
+
+
+def _write(run_dir: Path, attempts: Attempts) -> None:
+    if run_dir.is_dir():  # not made here: a job with bad input leaves no run folder
+        text = json.dumps(dataclasses.asdict(attempts), indent=1) + "\n"
+        write_atomically(run_dir / run_folder.ATTEMPTS, text)

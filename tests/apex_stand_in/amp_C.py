@@ -1,0 +1,1 @@
+"""Compiled in apex; here only found."""

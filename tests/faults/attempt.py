@@ -1,0 +1,177 @@
+"""One start of a run's ranks, by a nursery or by a launcher: who they are, what they said, that all
+of them end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ranks_helper import ROOT, rank_environment
+
+from faults.nursery import Nursery
+from longpretrain.ranks import free_port
+
+PLAIN, TORCHRUN, DEEPSPEED = "plain processes", "torchrun", "deepspeed"
+WAYS = (PLAIN, TORCHRUN, DEEPSPEED)
+_LEAD = {
+    TORCHRUN: (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "RANKS")
+    + ("--master-port", "PORT", "launch.sh"),
+    DEEPSPEED: ("deepspeed", "--quiet", "--num_accelerators", "RANKS", "--master_port", "PORT")
+    + ("launch.sh",),
+}
+PATIENCE_S = 120.0
+"""How long anything may take on a machine that is busy with other things."""
+
+
+@dataclass
+class Attempt:
+    """Ranks of one start; use as a context manager: nothing is left running at its end."""
+
+    run_dir: Path
+    words: Sequence[str]
+    nursery: Nursery
+    way: str = PLAIN
+    ranks: int = 2
+    environment: dict[str, str] = field(default_factory=dict)
+    output: Path = Path("-")
+    """What they print; by default a file beside the run folder."""
+    disk_faults: dict[int, dict[str, object]] = field(default_factory=dict)
+    """By rank, see hook.py; for plain processes."""
+    _launcher: subprocess.Popen[bytes] | None = None
+    _forked: dict[int, int] = field(default_factory=dict)
+    _seen: set[int] = field(default_factory=set)
+
+    def __enter__(self) -> Attempt:
+        self.run_dir.parent.mkdir(parents=True, exist_ok=True)
+        if self.output == Path("-"):
+            self.output = self.run_dir.with_name(f"{self.run_dir.name}.txt")
+        words = [*self.words, f"run.dir={self.run_dir}"]
+        environment = rank_environment() | self.environment
+        port = str(free_port())
+        if self.way == PLAIN:
+            for rank in range(self.ranks):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
+                place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                self._forked[rank] = self.nursery.fork(
+                    words, environment | own | place, self.output, self.disk_faults.get(rank)
+                )
+            return self
+        filled = {"RANKS": str(self.ranks), "PORT": port}
+        with self.output.open("ab") as output:
+            self._launcher = subprocess.Popen(
+                [*(filled.get(word, word) for word in _LEAD[self.way]), *words],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill_all()
+
+    def processes(self) -> dict[int, int]:
+        """The process of each rank that is there now."""
+        if self.way == PLAIN:
+            return {rank: number for rank, number in self._forked.items() if is_alive(number)}
+        found: dict[int, int] = {}
+        for number in sorted(_of_run(self.run_dir), reverse=True):
+            rank = _environment_of(number).get("RANK", "")
+            if rank.isdecimal():
+                found[int(rank)] = number  # the first of them, if a loader has workers
+        self._seen |= set(found.values())
+        return found
+
+    def all_processes(self) -> set[int]:
+        """Ranks, what they started, and the launcher."""
+        if self.way == PLAIN:
+            return _of_sessions(set(self._forked.values()))
+        own = {self._launcher.pid} if self._launcher and self._launcher.poll() is None else set()
+        return own | _of_run(self.run_dir)
+
+    def wait(self, timeout_s: float = PATIENCE_S) -> bool:
+        """Whether every process has ended by then."""
+        return until(lambda: not self.all_processes() and None not in self.codes(), timeout_s)
+
+    def codes(self) -> list[int | None]:
+        """Exit codes of the ranks; of the launcher alone, if there is one."""
+        if self._launcher is not None:
+            return [self._launcher.poll()]
+        return [self.nursery.exit_code(number) for number in self._forked.values()]
+
+    def signal_all(self, number: signal.Signals) -> None:
+        """To every rank, as a launcher or Slurm would."""
+        for process in self.processes().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    def kill_all(self) -> set[int]:
+        """Kills what is left, and says what that was."""
+        found = self.all_processes()
+        for number in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        until(lambda: not self.all_processes(), 20)
+        if self._launcher is not None:
+            self._launcher.wait(20)
+        return found
+
+    def said(self) -> str:
+        """All that this and earlier attempts at the run printed."""
+        return self.output.read_text(encoding="utf-8", errors="replace")
+
+
+def until(is_so: Callable[[], object], timeout_s: float, pause_s: float = 0.01) -> bool:
+    """Asks often, for a while."""
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause_s)
+    return True
+
+
+def is_alive(number: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        text = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def _of_sessions(sessions: set[int]) -> set[int]:
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError):
+            text = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            if int(text[3]) in sessions and text[0] not in ("Z", "X"):
+                found.add(int(path.parent.name))
+    return found
+
+
+def _of_run(run_dir: Path) -> set[int]:
+    """Processes that have the run folder in their command line."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if f"run.dir={run_dir}".encode() in path.read_bytes().split(b"\0"):
+                found.add(int(path.parent.name))
+    return found
+
+
+def _environment_of(number: int) -> dict[str, str]:
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{number}/environ").read_bytes().decode(errors="replace")
+        return dict(word.split("=", 1) for word in text.split("\0") if "=" in word)
+    return {}

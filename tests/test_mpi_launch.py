@@ -1,0 +1,192 @@
+"""Ranks that an mpirun starts, of MPICH and of Open MPI; MPI stays out of all other ranks."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from exactness.launchers import Cells, Way
+from exactness.table import Row
+from ranks_helper import BIN, ROOT, rank_environment
+from slurm_testbed import testbed, why_no_slurm
+
+from longpretrain.mpi import library_of_open_mpi
+from longpretrain.ranks import free_port
+
+OPEN_MPI = ROOT / "build" / "openmpi" / "bin" / "mpirun"
+WHY_NO_OPEN_MPI = "" if OPEN_MPI.is_file() else "Open MPI is not here: `make openmpi` gets it"
+# Open MPI starts no ranks for root, nor more than there are cores, unless it is told to.
+ALLOW = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+MPIRUN = {"MPICH": (str(BIN / "mpirun"), {}), "Open MPI": (str(OPEN_MPI), ALLOW)}
+WAYS = {
+    name: Way(
+        name=f"mpirun -n 2 ./launch.sh of {name}",
+        command=(program, "-n", "2", "./launch.sh"),
+        environment=more,
+        ranks=2,
+        stopped_by=signal.SIGUSR1,
+    )
+    for name, (program, more) in MPIRUN.items()
+}
+EACH_MPI = [
+    "MPICH",
+    pytest.param(
+        "Open MPI", marks=pytest.mark.skipif(WHY_NO_OPEN_MPI != "", reason=WHY_NO_OPEN_MPI)
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def rows(
+    small_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Row]]]:
+    """A run of each MPI, side by side; MPICH's other scenarios are in test_launch.py."""
+    cells = Cells(tmp_path_factory.mktemp("runs"), small_run / "recipe.yaml")
+    scenarios = {"MPICH": "success"} | ({} if WHY_NO_OPEN_MPI else {"Open MPI": "preemption"})
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            name: pool.submit(cells.row, WAYS[name], scenario)
+            for name, scenario in scenarios.items()
+        }
+
+
+@pytest.mark.parametrize("mpi", EACH_MPI)
+def test_mpirun_trains_stops_and_goes_on(rows: dict[str, Future[Row]], mpi: str) -> None:
+    row = rows[mpi].result()
+    assert row.ok, row
+
+
+# A rank up to the question who it is, which comes before all else that it does.
+WHO = """
+import sys
+from longpretrain.errors import InputError
+from longpretrain.ranks import discover
+try:
+    found = discover()
+    # One write, so that the lines of two ranks do not mix.
+    sys.stdout.write(f"{found.rank} of {found.world_size}, mpi4py {'mpi4py' in sys.modules}\\n")
+except InputError as error:
+    sys.stderr.write(f"refused: {error}\\n")
+    sys.exit(2)
+"""
+
+
+@pytest.fixture(scope="module")
+def who(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("who") / "who.py"
+    path.write_text(WHO, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[dict[str, str]]:
+    """The environment of a Slurm's user."""
+    if why_no_slurm():
+        pytest.skip(why_no_slurm())
+    with testbed() as cluster:
+        yield cluster.environment
+
+
+def starters(script: Path) -> dict[str, tuple[list[str], dict[str, str]]]:
+    """How each launcher starts two ranks of a script: command, environment."""
+    python = [sys.executable, str(script)]
+    quietly = ("--quiet", "--num_accelerators", "2", "--master_port", str(free_port()))
+    return {
+        "deepspeed": (["deepspeed", *quietly, str(script)], {}),
+        "torchrun": (["torchrun", "--nproc-per-node", "2", "--standalone", str(script)], {}),
+        "MPICH": ([MPIRUN["MPICH"][0], "-n", "2", *python], {}),
+        "Open MPI": ([MPIRUN["Open MPI"][0], "-n", "2", *python], ALLOW),
+        "srun": (["srun", "-N2", "-n2", *python], {}),
+    }
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", *EACH_MPI, "srun"])
+def test_ranks_know_their_world_and_refuse_another(
+    who: Path, launcher: str, request: pytest.FixtureRequest
+) -> None:
+    """Each launcher by itself, without launch.sh."""
+    command, more = starters(who)[launcher]
+    if launcher == "srun":
+        more = request.getfixturevalue("slurm")
+
+    def start(**environment: str) -> subprocess.CompletedProcess[str]:
+        everything = rank_environment() | more | environment
+        everything["PATH"] = f"{BIN}:{everything['PATH']}"
+        return subprocess.run(
+            command, env=everything, capture_output=True, text=True, check=False, timeout=120
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        fits = pool.submit(start, LONGPRETRAIN_WORLD_SIZE="2")
+        refused = pool.submit(start, LONGPRETRAIN_WORLD_SIZE="3")
+    told = fits.result().stdout
+    is_mpi = "MPI" in launcher
+    for rank in (0, 1):
+        assert f"{rank} of 2, mpi4py {is_mpi}\n" in told, fits.result()
+    assert refused.result().returncode != 0
+    assert "refused: world size: got 2 from " in refused.result().stderr
+    assert "; wanted 3. Start 3 ranks" in refused.result().stderr
+    assert " of " not in refused.result().stdout
+
+
+def test_a_run_without_mpi_never_imports_it(small_run: Path, tmp_path: Path) -> None:
+    """Not by DeepSpeed either: importing mpi4py starts MPI, which aborts ranks of other launchers.
+
+    Here any import of it fails, which mpirun's ranks tell at once.
+    """
+    (tmp_path / "mpi4py.py").write_text("raise ImportError('mpi4py was imported')\n")
+    words = [str(small_run / "recipe.yaml"), f"run.dir={tmp_path / 'run'}"]
+    words += ["schedule.total_steps=1", "schedule.warmup_steps=1", "evaluate.every_steps=0"]
+    train = [sys.executable, "-c", TRAIN, "train", *words]
+    environment = rank_environment()
+    environment["PYTHONPATH"] = f"{tmp_path}:{environment['PYTHONPATH']}"
+
+    def start(*launcher: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*launcher, *train],
+            env=environment, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(2) as pool:
+        alone, by_mpi = pool.submit(start), pool.submit(start, MPIRUN["MPICH"][0], "-n", "1")
+    assert (alone.result().returncode, alone.result().stderr) == (0, "")
+    assert "imported: False" in alone.result().stdout
+    assert by_mpi.result().returncode == 2
+    assert "MPI of the launcher: got mpi4py was imported; wanted" in by_mpi.result().stderr
+
+
+TRAIN = """
+import sys
+from longpretrain.cli import main
+code = main(sys.argv[1:])
+print("imported:", "mpi4py" in sys.modules)
+sys.exit(code)
+"""
+
+
+def test_where_open_mpi_is_looked_for(tmp_path: Path) -> None:
+    library = tmp_path / "lib64" / "libmpi.so.40"
+    library.parent.mkdir()
+    library.touch()
+    started = {"OMPI_COMM_WORLD_RANK": "0", "PATH": ""}
+    by_loader = "libmpi.so.40"
+    assert library_of_open_mpi({"PMI_RANK": "0", "OPAL_PREFIX": str(tmp_path)}) == "", "MPICH's"
+    assert library_of_open_mpi(started | {"MPI4PY_LIBMPI": "/own"}) == "", "a user has said it"
+    assert library_of_open_mpi(started) == by_loader
+    found = f"{library}:{by_loader}"
+    assert library_of_open_mpi(started | {"OPAL_PREFIX": str(tmp_path)}) == found
+    program = tmp_path / "bin" / "ompi_info"
+    program.parent.mkdir()
+    program.touch(0o755)
+    (tmp_path / "link").symlink_to(program.parent)
+    path = f"/nowhere:{tmp_path / 'link'}"
+    assert library_of_open_mpi(started | {"PATH": path}) == found, "beside its programs"
