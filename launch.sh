@@ -89,7 +89,7 @@ stop() {
     send "$1" || kill -TERM -- "-$group" 2>/dev/null || true
     [[ $1 != INT ]] || { pass_on=INT; return; }
     # A rank that just starts does not listen yet: it is told until it has ended.
-    [[ -n $repeat ]] || { while sleep 2; do send "$1" || true; done 2>/dev/null & repeat=$!; }
+    [[ -n $repeat ]] || { while sleep 2; do send "$1" || true; done 2>/dev/null & repeat=$!; disown; }
 }
 begin() {
     case $LAUNCHER in deepspeed | torchrun) trap '' USR1 USR2 ;; esac  # srun would not get them at all

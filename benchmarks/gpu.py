@@ -1,15 +1,16 @@
-"""The acceptance of the CUDA kernels on a GPU: tests, checks, compute-sanitizer, speed.
+"""The acceptance on a GPU: tests, checks, compute-sanitizer, training over NCCL, speed.
 
-    make gpu-check                                        # builds first; 20 to 40 minutes
+    make gpu-check                                        # builds first; 30 to 60 minutes
     python benchmarks/gpu.py --only speed                 # what is built already
     python benchmarks/gpu.py --render benchmarks/results/gpu-2026-01-31-a100.json
 
 Writes gpu-DATE-NAME.md and .json into the results folder: please open an issue with the .md, also,
 or all the more, when something failed. Parts (--only):
 
-* tests: every test of the operator, its calls carried to the GPU (gpu_bridge.py).
+* tests: every test of the operator, its calls carried to the GPU (gpu_bridge.py); apex's LayerNorm.
 * checks: dropout's bits against the CPU's, repetition, streams, CUDA graphs, long tensors.
 * sanitizer: compute-sanitizer (memcheck, racecheck, synccheck) over small calls, where it is there.
+* training: over NCCL at ZeRO 0-3 in fp32, bf16 and fp16, resumed and compared bit for bit.
 * speed: forward and backward beside FlexAttention, SDPA and, if installed, flash-attn and NATTEN.
 
 Exit code 0: all that ran is right (speed is never wrong). 1: something is not. 2: it cannot run
@@ -37,8 +38,8 @@ from gpu_report import render
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PARTS = ("tests", "checks", "sanitizer", "speed")
-TESTS = ("test_attention_*.py", "test_properties_attention.py")
+PARTS = ("tests", "checks", "sanitizer", "training", "speed")
+TESTS = ("test_attention_*.py", "test_properties_attention.py", "test_model_layer_norm.py")
 TOOLS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_FOUND = 86
 
@@ -117,6 +118,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         elif part == "sanitizer":
             results["sanitizer"] = run_sanitizer()
             verdicts += [row["ok"] for row in results["sanitizer"]["tools"]]
+        elif part == "training":
+            results["training"] = run_training(quick=args.quick)
+            verdicts += [row["ok"] for row in results["training"]]
         else:
             import gpu_speed
 
@@ -189,6 +193,18 @@ def run_sanitizer() -> dict[str, Any]:
         rows.append({"tool": tool, "ok": ran.returncode == 0, "found": found})
         print(f"  {tool}: {found}", flush=True)
     return {"left_out": None, "tools": rows}
+
+
+def run_training(*, quick: bool) -> list[dict[str, Any]]:
+    """Every case of gpu_training.py that this machine can run."""
+    import gpu_training
+
+    return gpu_training.measure(
+        gpu_training.CASES,
+        device="cuda",
+        ranks=gpu_training.most_ranks(gpu_training.count_gpus()),
+        size=gpu_training.QUICK if quick else gpu_training.FULL,
+    )
 
 
 def sanitizer_summary(output: str) -> str:

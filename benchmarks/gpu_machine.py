@@ -122,10 +122,12 @@ def describe() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "nvcc": _first_line(["nvcc", "--version"], "release"),
     }
+    found["gpus"] = torch.cuda.device_count()
+    found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     query = ["nvidia-smi", "-i", "0", "--format=csv,noheader"]
     for name in ("driver_version", "clocks.max.sm", "power.limit"):
         found[name] = _first_line([*query, f"--query-gpu={name}"])
-    for package in ("longpretrain", "torch", "triton", "flash-attn", "natten"):
+    for package in ("longpretrain", "torch", "deepspeed", "apex", "triton", "flash-attn", "natten"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -308,21 +308,30 @@ def _add_verify(verbs: Verbs) -> None:
     parser = _verb(
         verbs,
         "verify",
-        "Compare a model folder with transformers, or with another one.",
-        "longpretrain verify exported",
+        "Check all checkpoints of a run; or compare a model folder with transformers or another.",
+        "longpretrain verify runs/demo\n  longpretrain verify exported",
         _verify,
     )
-    parser.add_argument("folder", type=path_argument, metavar="A", help="model folder")
+    parser.add_argument(
+        "folder", type=path_argument, metavar="A", help="run folder, or a model folder"
+    )
     parser.add_argument(
         "other",
         type=path_argument,
         nargs="?",
         metavar="B",
-        help="another one, to compare tensor by tensor",
+        help="another model folder, to compare tensor by tensor",
     )
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from longpretrain.verify_run import is_run, verify_run
+
+    if options.other is None and is_run(options.folder):
+        with bar("verify") as progress:
+            found = verify_run(options.folder, progress)
+        print(found)
+        return 0 if found.ok else FAILED
     from longpretrain.convert.verify import verify
 
     report = verify(options.folder, options.other)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from longpretrain.config import Config
-from longpretrain.engine import checkpoint, run_folder
+from longpretrain.engine import names
 from longpretrain.errors import InputError
 from longpretrain.files import read_json_object, write_atomically
 from longpretrain.terminal import BAD_INPUT, FAILED
@@ -70,16 +70,16 @@ def begin(config: Config, *, fresh: bool, environment: Mapping[str, str]) -> int
     run_dir, job = config.run_dir, environment["SLURM_JOB_ID"]
     seen = _read(run_dir)
     is_first = environment.get("SLURM_RESTART_COUNT", "0") == "0"
-    if is_first or (seen.job == job and seen.fresh_is_due):
-        if fresh:
-            print("--fresh")
-        due = fresh and (run_dir / run_folder.CONFIG).is_file()  # then this note moves aside, too
-        seen = Attempts(job=job, step=checkpoint.kept_step(run_dir), fresh_is_due=due)
-    elif seen.job != job or seen.is_open:
-        seen, why_not = _counted(seen, job, run_dir, environment)
+    if is_first:
+        due = fresh and (run_dir / names.CONFIG).is_file()  # then this note moves aside, too
+        seen = Attempts(job=job, step=_kept_step(run_dir), fresh_is_due=due)
+    elif seen.job != job or seen.is_open:  # the attempt before ended without a word
+        seen, why_not = _counted(seen, job, run_dir, environment, crashed=False)
         if why_not:
             print(f"longpretrain train: job {job} is given up: {why_not}", file=sys.stderr)
             return FAILED
+    if fresh and (is_first or seen.fresh_is_due):
+        print("--fresh")
     _write(run_dir, replace(seen, is_open=True, began=time.time()))
     return 0
 
@@ -98,7 +98,7 @@ def end(config: Config, code: int, *, warned: bool, environment: Mapping[str, st
     """
     run_dir, job = config.run_dir, environment["SLURM_JOB_ID"]
     seen = _read(run_dir)
-    status = _status_since(run_dir, seen.began if seen.job == job else 0.0)
+    status = _status_of(run_dir, code, since=seen.began if seen.job == job else 0.0)
     standing = _standing(job, environment)
     standing = replace(standing, is_warned=standing.is_warned or warned)
     why_not, code = decide(status, code, standing)
@@ -106,13 +106,17 @@ def end(config: Config, code: int, *, warned: bool, environment: Mapping[str, st
         print(f"longpretrain train: job {job} is requeued by Slurm", file=sys.stderr)
         return code
     if not why_not:
-        seen, why_not = _counted(seen, job, run_dir, environment)
+        crashed = status.get("state") != "preempted"
+        seen, why_not = _counted(seen, job, run_dir, environment, crashed=crashed)
     if not why_not:
         run_dir.mkdir(parents=True, exist_ok=True)
     _write(run_dir, replace(seen, job=job, is_open=False))
-    why_not = why_not or _requeue(job)
-    what = f"job {job} is not requeued: {why_not}" if why_not else f"job {job} is requeued"
-    print(f"longpretrain train: {what}", file=sys.stderr, flush=True)
+    if not why_not:  # told before, as Slurm then ends this process with its batch script
+        print(f"longpretrain train: job {job} is requeued", file=sys.stderr, flush=True)
+        why_not = _requeue(job)
+    if why_not:
+        what = f"job {job} is not requeued: {why_not}"
+        print(f"longpretrain train: {what}", file=sys.stderr, flush=True)
     return code if why_not else 0
 
 
@@ -139,24 +143,34 @@ def decide(status: Mapping[str, object], code: int, standing: Standing) -> tuple
 
 
 def _counted(
-    seen: Attempts, job: str, run_dir: Path, environment: Mapping[str, str]
+    seen: Attempts, job: str, run_dir: Path, environment: Mapping[str, str], *, crashed: bool
 ) -> tuple[Attempts, str]:
-    """With one more restart; and why it is one too many, or ""."""
-    step, most = checkpoint.kept_step(run_dir), _most_restarts(environment)
-    restarts = 0 if step > seen.step else seen.restarts
-    if restarts >= most:
-        return replace(seen, job=job), (
-            f"{restarts} restarts brought no new checkpoint after that of step {step}, and "
-            f"{MOST_RESTARTS} is {most}; see {run_dir / run_folder.STATUS}, and submit it again"
+    """With one more restart, if it counts; and why it is one too many, or ""."""
+    step, most = _kept_step(run_dir), _most_restarts(environment)
+    seen = replace(seen, job=job)
+    if step > seen.step:
+        seen = replace(seen, step=step, restarts=0)
+        if not crashed:
+            return seen, ""
+    if seen.restarts >= most:
+        return seen, (
+            f"{seen.restarts} restarts brought no new checkpoint after that of step {step}, and "
+            f"{MOST_RESTARTS} is {most}; see {run_dir / names.STATUS}, and submit it again"
         )
-    return replace(seen, job=job, step=max(step, seen.step), restarts=restarts + 1), ""
+    return replace(seen, restarts=seen.restarts + 1), ""
 
 
-def _status_since(run_dir: Path, began: float) -> dict[str, object]:
-    """status.json, if this attempt wrote it: one that was refused at once leaves the old one."""
+def _kept_step(run_dir: Path) -> int:
+    """The step that ``latest`` names; whether that checkpoint is whole is for the ranks to find."""
+    return names.step_of(Path(names.pointed_at(run_dir))) or 0
+
+
+def _status_of(run_dir: Path, code: int, *, since: float) -> dict[str, object]:
+    """status.json, if it is of this attempt: one that was refused at once leaves the old one."""
     with contextlib.suppress(InputError):
-        status = run_folder.read_status(run_dir)
-        if status.get("time", 0.0) >= round(began, 3):
+        status = names.read_status(run_dir)
+        was_done = status.get("state") == "done" and code == 0  # and nothing was left to do
+        if was_done or status.get("time", 0.0) >= round(since, 3):
             return status
     return {}
 
@@ -174,9 +188,7 @@ def _standing(job: str, environment: Mapping[str, str]) -> Standing:
 
 
 def _requeue(job: str) -> str:
-    """Puts the job back into the queue; returns what went wrong, or "". Slurm then ends this
-    process with the batch script.
-    """
+    """Puts the job back into the queue; returns what went wrong, or ""."""
     finished = _scontrol("requeue", job)
     return f"scontrol: {finished.stderr.strip()}" if finished.returncode else ""
 
@@ -209,12 +221,12 @@ def _most_restarts(environment: Mapping[str, str]) -> int:
 def _read(run_dir: Path) -> Attempts:
     """A note that is missing or damaged is one of nothing."""
     try:
-        return Attempts(**read_json_object(run_dir / run_folder.ATTEMPTS))
+        return Attempts(**read_json_object(run_dir / names.ATTEMPTS))
     except (InputError, TypeError):
         return Attempts()
 
 
 def _write(run_dir: Path, attempts: Attempts) -> None:
     if run_dir.is_dir():  # not made here: a job with bad input leaves no run folder
-        text = json.dumps(dataclasses.asdict(attempts), indent=1) + "\n"
-        write_atomically(run_dir / run_folder.ATTEMPTS, text)
+        note = json.dumps(dataclasses.asdict(attempts), indent=1) + "\n"
+        write_atomically(run_dir / names.ATTEMPTS, note)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,11 @@ import torch.distributed as dist
 
 from longpretrain import run_facts
 from longpretrain.agreement import Refused, agree, need_alike, need_shared
+from longpretrain.announce import announce
 from longpretrain.attention import why_not
 from longpretrain.config import Config
-from longpretrain.engine import candidates, checkpoint, run_folder, zero
-from longpretrain.engine.adam import check_kernels, kernels_in_use
+from longpretrain.engine import candidates, checkpoint, names, run_folder, zero
+from longpretrain.engine.adam import check_kernels
 from longpretrain.engine.loop import Evaluate, accumulation_steps, train
 from longpretrain.engine.signals import StopRequest
 from longpretrain.engine.watchdog import Watchdog, patience
@@ -163,7 +165,7 @@ def _run_joined(
         log = agree(ranks, open_folder)
         if isinstance(log, Refused):
             return log.code
-        seen = agree(ranks, lambda: need_shared(ranks, config.run_dir / run_folder.CONFIG))
+        seen = agree(ranks, lambda: need_shared(ranks, config.run_dir / names.CONFIG))
         if isinstance(seen, Refused):
             return seen.code
         printed.begin(config.run_dir)
@@ -173,7 +175,17 @@ def _run_joined(
         watchdog.opened(config.run_dir)
         held.enter_context(watchdog.telling())
         watchdog.mark("the start of training")
-        _announce(log, config, ranks, device, ready, before=before)
+        announce(
+            log,
+            config,
+            ranks,
+            device,
+            ready.task,
+            folder=ready.folder,
+            resume_from=ready.resume_from,
+            notes=ready.choice.notes,
+            before=before,
+        )
         outcome = train(
             config,
             ready.task,
@@ -223,7 +235,7 @@ def _is_done(config: Config, ranks: Ranks, checkpoint_folder: Path) -> bool:
     if step < total:
         return False
     if ranks.is_first:
-        if run_folder.read_status(config.run_dir).get("state") != "done":
+        if names.read_status(config.run_dir).get("state") != "done":
             reason = f"all {total} updates"
             run_folder.write_status(config.run_dir, "done", reason=reason, step=step)
         _mend_pointer(config, checkpoint_folder)
@@ -250,7 +262,7 @@ def _open(
 
 def _mend_pointer(config: Config, folder: Path) -> None:
     """Makes ``latest`` name the checkpoint that was found, for export and evaluation too."""
-    if checkpoint.pointed_at(config.run_dir) != folder.name:
+    if names.pointed_at(config.run_dir) != folder.name:
         with contextlib.suppress(OSError):  # a full disk: the next start finds the same one
             checkpoint.point_at(config.run_dir, folder)
 
@@ -340,10 +352,15 @@ def _evaluator(config: Config, ranks: Ranks, device: torch.device, task: MaskedL
     mine = numbers[ranks.rank :: ranks.world_size]
     rounds = -(-len(numbers) // ranks.world_size)
 
-    def evaluate(engine: ZeroEngine) -> tuple[float, int]:
-        nats, count = score(engine, held_out, mine, device=device)
+    def evaluate(engine: ZeroEngine, goes_on: Callable[[], None]) -> tuple[float, int]:
+        def model(**arguments: torch.Tensor) -> torch.Tensor:
+            goes_on()
+            logits: torch.Tensor = engine(**arguments)
+            return logits
+
+        nats, count = score(model, held_out, mine, device=device)
         if len(mine) < rounds:  # ZeRO 3 gathers weights in every forward pass: all run equally many
-            score(engine, held_out, numbers[:1], device=device)
+            score(model, held_out, numbers[:1], device=device)
         sums = torch.tensor([nats, count], dtype=torch.float64, device=device)
         dist.all_reduce(sums)
         return float(sums[0]), int(sums[1])
@@ -377,46 +394,3 @@ def _metrics(
         ),
         peak_flops=peak,
     )
-
-
-def _announce(
-    log: journal.MetricsLog,
-    config: Config,
-    ranks: Ranks,
-    device: torch.device,
-    ready: _Ready,
-    *,
-    before: str | None,
-) -> None:
-    """What runs, on what, on which data: one event, and one for each line about a mix."""
-    step = checkpoint.read_state(ready.resume_from)["step"] if ready.resume_from else 0
-    sequences, length = config.batch.global_sequences, config.data.max_tokens
-    task = ready.task
-    event = (
-        f"{'resumed' if ready.resume_from else 'started'}: {ready.folder}, step {step} of "
-        f"{config.schedule.total_steps}; {ranks.world_size} ranks by {ranks.launcher}, "
-        f"{config.precision}, {config.zero.config}; {sequences} x {length} = "
-        f"{sequences * length:,} tokens per update; {task.sources.summary}"
-    )
-    log.report(
-        {
-            "kind": "event",
-            "step": step,
-            "event": event,
-            "world_size": ranks.world_size,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "versions": checkpoint.versions(),
-            "kernels": kernels_in_use(config, device.type),
-            "after": before,
-        }
-    )
-    if before:
-        log.say(f"the attempt before this one: {before}")
-    for note in ready.choice.notes:
-        log.report({"kind": "event", "step": step, "event": note})
-    state = checkpoint.read_state(ready.resume_from) if ready.resume_from else {}
-    if changes := run_facts.changed_since(state):
-        event = f"other code or packages than the checkpoint's: {changes}"
-        log.report({"kind": "event", "step": step, "event": event})
-    for line in task.sources.table(config.schedule.total_steps * sequences):
-        log.report({"kind": "event", "step": step, "event": line})

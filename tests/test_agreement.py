@@ -103,7 +103,7 @@ def test_weights_and_data_as_each_node_sees_them(small_run: Path, tmp_path: Path
     content = bytearray(weights.read_bytes())
     content[-4] ^= 1
     weights.write_bytes(content)
-    words = [["model.path=model", "data.valid=valid"]] * 3
+    words = [["model.path=model", "data.valid=valid", "batch.global_sequences=3"]] * 3
     lines = start(small_run / "recipe.yaml", nodes, words)[0].strip().splitlines()
     assert len(lines) == 2, lines
     assert re.search(r"held-out corpus: got \w+ at rank 2 \(.*\) and \w+ at the other 2", lines[0])

@@ -66,7 +66,7 @@ def test_without_a_gpu_the_command_ends_with_that_sentence(script: str) -> None:
 def test_a_part_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["--only", "tests,fans"])
-    assert "'fans' is none of tests, checks, sanitizer, speed" in capsys.readouterr().err
+    assert "'fans' is none of tests, checks, sanitizer, training, speed" in capsys.readouterr().err
 
 
 # --- the page ------------------------------------------------------------------------------------

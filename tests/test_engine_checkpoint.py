@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: which one is the latest, which go, and what a damaged one is told.
+"""One checkpoint on the disk: what is told of a damaged one, and that no byte changes unseen.
 
 What they hold is tested by resuming, in test_engine_resume.py.
 """
@@ -10,106 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_files import FILES, MISSING, flip, make_checkpoint
 
 from longpretrain.engine import checkpoint
 from longpretrain.errors import InputError
-from longpretrain.files import sha256
-
-MISSING = object()
-
-
-def make_checkpoint(run_dir: Path, name: str, *, latest: bool = False, **changes: Any) -> Path:
-    """A whole checkpoint of small files; ``changes`` to its state, MISSING takes a key away."""
-    folder = run_dir / "checkpoints" / name
-    folder.mkdir(parents=True)
-    step = int("".join(filter(str.isdecimal, name)) or 500)
-    hashes = {}
-    for file in ("model.safetensors", "optimizer.safetensors"):
-        (folder / file).write_text(f"{file} {step}")
-        hashes[file] = sha256(folder / file)
-    counts = {"step": step, "samples_done": 8 * step, "skipped": 0, "updates_applied": step}
-    state = {"format": 1, **counts, "task": {"corpus": "c0ffee"}, "files": hashes, **changes}
-    left = {key: value for key, value in state.items() if value is not MISSING}
-    (folder / "state.json").write_text(json.dumps(left))
-    if latest:
-        (folder.parent / "latest").write_text(folder.name + "\n")
-    return folder
-
-
-def names(run_dir: Path) -> list[str]:
-    return sorted(path.name for path in (run_dir / "checkpoints").glob("*"))
-
-
-class TestRemoveOld:
-    def test_by_number_and_left_time_lines_too(self, tmp_path: Path) -> None:
-        for step in (999_000, 999_500, 1_000_000, 1_000_500):
-            make_checkpoint(tmp_path, f"step-{step:06d}")
-        (tmp_path / "checkpoints" / ".step-000007.part").mkdir()
-        for keep in (2, 0):
-            checkpoint._remove_old(tmp_path / "checkpoints", 1_000_000, keep)
-            assert names(tmp_path) == ["step-1000000", "step-999500"]
-
-    def test_what_the_run_did_not_write_is_left_alone(self, tmp_path: Path) -> None:
-        foreign = ["step-", "step-000100-best", "step-000900 (copy)", "step--00100", "step-foo"]
-        for name in (*foreign, "step-000100", "step-000200"):
-            make_checkpoint(tmp_path, name)
-        (tmp_path / "checkpoints" / "step-000050").write_text("a file")
-        (tmp_path / "elsewhere").mkdir()
-        (tmp_path / "checkpoints" / "step-000060").symlink_to(tmp_path / "elsewhere")
-        checkpoint._remove_old(tmp_path / "checkpoints", 200, 1)
-        assert names(tmp_path) == sorted([*foreign, "step-000050", "step-000060", "step-000200"])
-
-    def test_two_names_of_one_step_never_cost_the_latest(self, tmp_path: Path) -> None:
-        for name in ("step-000200", "step-200", "step-000100"):
-            make_checkpoint(tmp_path, name)
-        checkpoint._remove_old(tmp_path / "checkpoints", 200, 1)
-        assert names(tmp_path) == ["step-000200", "step-200"]
-
-
-class TestLatest:
-    def test_of_a_new_run_there_is_none(self, tmp_path: Path) -> None:
-        assert checkpoint.latest(tmp_path / "run") is None
-        (tmp_path / "checkpoints" / ".step-000002.part").mkdir(parents=True)
-        (tmp_path / "checkpoints" / ".step-000002.part" / "state.json").write_text("{}")
-        assert checkpoint.latest(tmp_path) is None
-
-    def test_pointer_decides(self, tmp_path: Path) -> None:
-        first = make_checkpoint(tmp_path, "step-000001", latest=True)
-        make_checkpoint(tmp_path, "step-000002")
-        assert checkpoint.latest(tmp_path) == first
-        copy = make_checkpoint(tmp_path, "step-000001-best", latest=True, step=1)
-        assert checkpoint.latest(tmp_path) == copy
-
-    def test_pointer_to_nothing_is_refused(self, tmp_path: Path) -> None:
-        make_checkpoint(tmp_path, "step-000003")
-        (tmp_path / "checkpoints" / "latest").write_text("step-000009\n")
-        with pytest.raises(InputError, match="step-000009, which is no checkpoint"):
-            checkpoint.latest(tmp_path)
-
-    def test_crash_before_the_first_pointer_loses_nothing(self, tmp_path: Path) -> None:
-        only = make_checkpoint(tmp_path, "step-000003")
-        make_checkpoint(tmp_path, "step-foo")  # somebody's copy says nothing of the run
-        assert checkpoint.latest(tmp_path) == only
-
-    @pytest.mark.parametrize("second_is_whole", [True, False])
-    def test_lost_pointer_among_several_is_refused(
-        self, tmp_path: Path, second_is_whole: bool
-    ) -> None:
-        make_checkpoint(tmp_path, "step-000003")
-        second = make_checkpoint(tmp_path, "step-000006")
-        if not second_is_whole:
-            (second / "state.json").unlink()
-        with pytest.raises(InputError) as caught:
-            checkpoint.latest(tmp_path)
-        assert caught.value.what == str(tmp_path / "checkpoints" / "latest")
-        assert caught.value.got == "no such file, but step-... folders"
-        assert caught.value.way_out == "Write the newest name into it, or use --fresh."
-
-    def test_folder_as_pointer_is_refused(self, tmp_path: Path) -> None:
-        make_checkpoint(tmp_path, "step-000003")
-        (tmp_path / "checkpoints" / "latest").mkdir()
-        with pytest.raises(InputError, match="latest: got a folder; wanted the name of one"):
-            checkpoint.latest(tmp_path)
 
 
 class TestReadState:
@@ -119,11 +23,11 @@ class TestReadState:
             checkpoint.verify_files(folder)
             assert checkpoint.read_state(folder)["task"] == {"corpus": "c0ffee"}
 
-    @pytest.mark.parametrize("state", ["{", "[]", '{"format": 99}', "{}"])
+    @pytest.mark.parametrize("state", ["{", "[]", '{"format": 99}', "{}", '{"format": 2}'])
     def test_no_state_of_ours_is_refused(self, tmp_path: Path, state: str) -> None:
         folder = make_checkpoint(tmp_path, "step-000003")
         (folder / "state.json").write_text(state)
-        with pytest.raises(InputError, match=r"state\.json: got "):
+        with pytest.raises(InputError, match=r"state\.json(, key sha256)?: got "):
             checkpoint.read_state(folder)
 
     @pytest.mark.parametrize(
@@ -151,6 +55,43 @@ class TestReadState:
             checkpoint.read_state(folder)
         assert checkpoint.read_state(folder.rename(tmp_path / "step-best"))["step"] == 99
 
+    def test_no_byte_changes_unseen(self, tmp_path: Path) -> None:
+        folder = make_checkpoint(tmp_path, "step-000003")
+        path = folder / "state.json"
+        text = path.read_bytes()
+        for place in range(len(text)):
+            flip(path, place, 1 << place % 8)
+            with pytest.raises(InputError):
+                checkpoint.read_state(folder)
+            path.write_bytes(text)
+        for cut in range(0, len(text), 7):
+            path.write_bytes(text[:cut])
+            with pytest.raises(InputError):
+                checkpoint.read_state(folder)
+        path.write_bytes(text)
+        assert checkpoint.read_state(folder)["step"] == 3
+
+    def test_format_1_had_no_hash_of_itself(self, tmp_path: Path) -> None:
+        folder = make_checkpoint(tmp_path, "step-000003", format=1)
+        path = folder / "state.json"
+        state = json.loads(path.read_text())
+        del state["sha256"]
+        path.write_text(json.dumps(state))
+        assert checkpoint.read_state(folder)["step"] == 3
+        assert not checkpoint.is_foreign(folder)
+        path.write_text(json.dumps(state | {"format": 2}))
+        with pytest.raises(InputError, match="key sha256: got nothing"):
+            checkpoint.read_state(folder)
+
+    def test_another_version_is_told_from_damage(self, tmp_path: Path) -> None:
+        newer = make_checkpoint(tmp_path, "step-000003", format=99)
+        with pytest.raises(InputError, match="got format 99; wanted format 2"):
+            checkpoint.read_state(newer)
+        assert checkpoint.is_foreign(newer)
+        flip(newer / "state.json", 5)
+        assert not checkpoint.is_foreign(newer)
+        assert not checkpoint.is_foreign(tmp_path)
+
 
 class TestVerifyFiles:
     @pytest.mark.parametrize("kept", [[], ["model"], ["optimizer"]], ids=str)
@@ -174,3 +115,49 @@ class TestVerifyFiles:
             path.write_text(text[:-1] if spoil == "cut" else text.swapcase())
         with pytest.raises(InputError, match=r"checkpoint file .*optimizer\.safetensors: got "):
             checkpoint.verify_files(folder)
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_each_file_is_somebodys(self, tmp_path: Path, name: str) -> None:
+        """Dealt out over any number of ranks, exactly one of them finds an altered file."""
+        folder = make_checkpoint(tmp_path, "step-000002")
+        flip(folder / name, 3)
+        for parts in (1, 2, 3, 8):
+            finders = []
+            for part in range(parts):
+                try:
+                    checkpoint.verify_files(folder, part, parts)
+                except InputError as error:
+                    finders.append((part, error.what))
+            assert [what for _, what in finders] == [f"checkpoint file {folder / name}"]
+
+    def test_all_look_whether_files_are_there(self, tmp_path: Path) -> None:
+        folder = make_checkpoint(tmp_path, "step-000002")
+        (folder / "optimizer.safetensors").unlink()
+        for part in range(4):
+            with pytest.raises(InputError, match=r"optimizer\.safetensors: got no file"):
+                checkpoint.verify_files(folder, part, 4, largest=0)
+
+    def test_a_foreign_weights_file_is_told(self, tmp_path: Path) -> None:
+        """Of a sharded checkpoint, say: the loader would take it before the index."""
+        folder = make_checkpoint(tmp_path, "step-000002")
+        (folder / "README.md").write_text("my best one")
+        checkpoint.verify_files(folder)
+        (folder / "model-00001-of-00002.safetensors").write_text("older")
+        with pytest.raises(InputError, match="got a file that the run did not write"):
+            checkpoint.verify_files(folder)
+
+
+def test_the_step_in_reports(tmp_path: Path) -> None:
+    """Never a reason to fail: it stands in what is said of a failure."""
+    assert checkpoint.kept_step(tmp_path) == 0
+    folder = make_checkpoint(tmp_path, "step-000012", latest=True)
+    pointer = tmp_path / "checkpoints" / "latest"
+    assert checkpoint.kept_step(tmp_path) == 12
+    folder.rename(folder.with_name("best"))
+    pointer.write_text("best")
+    assert checkpoint.kept_step(tmp_path) == 12
+    for text in ("step-000099", "../..", "/", "", "a" * 5000, "step-" + "9" * 5000, "\0"):
+        pointer.write_text(text)
+        assert checkpoint.kept_step(tmp_path) == 0, text[:20]
+    pointer.write_bytes(b"\xff\xfe")
+    assert checkpoint.kept_step(tmp_path) == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from small_disk import fill, small_disk
 from told import check_form, disk, exit_code
 
 from longpretrain.config import Config
@@ -17,6 +18,7 @@ from longpretrain.convert.lengthen import convert
 from longpretrain.engine import checkpoint, run_folder, signals
 from longpretrain.engine.signals import StopRequest
 from longpretrain.errors import InputError
+from longpretrain.files import write_atomically
 from longpretrain.ranks import Ranks
 from longpretrain.recipe import from_tree
 from longpretrain.schedule import hidden_dropout_seed
@@ -121,6 +123,39 @@ def test_other_errors_of_a_lock_are_told(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(OSError, match="Input/output"), run_folder.only_writer(tmp_path):
         pass
+
+
+def test_a_full_disk_does_not_keep_an_old_status(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kib=64) as run_dir:
+        run_folder.write_status(run_dir, "running", reason="torchrun " + "x" * 500, step=3)
+        ballast = fill(run_dir)
+        with pytest.raises(OSError, match="No space left"):
+            write_atomically(run_dir / "another", "text")
+        run_folder.write_status(run_dir, "failed", reason="no room", step=4)
+        told = run_folder.read_status(run_dir)
+        assert (told["state"], told["reason"], told["step"]) == ("failed", "no room", 4)
+        (run_dir / "status.json").unlink()
+        with ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(b"x"):
+                pass
+        with pytest.raises(OSError, match="No space left"):  # there is none to write over
+            run_folder.write_status(run_dir, "failed", reason="no room", step=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, None),
+        ('{"state": "preempted", "reason": "SIGUSR1"}', "preempted: SIGUSR1"),
+        ('{"state": "running", "reason": "srun"}', "ended without a word: killed, or its machine"),
+        ("{", None),
+    ],
+    ids=["first", "preempted", "killed", "damaged"],
+)
+def test_how_the_attempt_before_ended(tmp_path: Path, text: str | None, said: str | None) -> None:
+    if text is not None:
+        (tmp_path / "status.json").write_text(text)
+    assert (run_folder.how_it_ended(tmp_path) or "None").startswith(said or "None")
 
 
 @pytest.mark.usefixtures("process_group")

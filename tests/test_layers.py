@@ -38,8 +38,10 @@ MAY_IMPORT = {
     "evaluate": {"config", "model", "data"},
     "agreement": {"ranks", "terminal"},
     "run_facts": {"agreement", "code_version", "config", "engine", "tasks"},
+    "announce": {"config", "engine", "ranks", "report", "run_facts", "tasks"},
     "training": {
         "agreement",
+        "announce",
         "run_facts",
         "attention",
         "config",
@@ -52,9 +54,10 @@ MAY_IMPORT = {
     | {"data", "model"},
     "demo": {"recipe", "report", "evaluate", "data", "model"},
     "cli_prepare": {"data", "prepare", "report", "terminal"},
+    "verify_run": {"engine", "recipe", "report"},
     "requeue": {"config", "engine", "terminal"},
     "cli": {"config", "recipe", "ranks", "convert", "data", "evaluate", "report", "training"}
-    | {"cli_prepare", "requeue", "terminal"},
+    | {"cli_prepare", "requeue", "terminal", "verify_run"},
     "terminal": set(),
     "__main__": {"cli", "terminal"},
     "__init__": set(),

@@ -62,6 +62,32 @@ def test_threads_do_not_mix_their_lines(tmp_path: Path, told: list[str]) -> None
     assert sorted(lines) == sorted([letter * 50 for letter in "abc"] * 200)
 
 
+def test_a_slow_sync_does_not_hold_up_who_writes(
+    tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_sync, go_on = threading.Event(), threading.Event()
+
+    def slow_disk(descriptor: int) -> None:
+        in_sync.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(os, "fsync", slow_disk)
+    file = LineFile(tmp_path / "a.txt", told.append)
+    thread = threading.Thread(target=file.sync)
+    thread.start()
+    assert in_sync.wait(60)
+    writer = threading.Thread(target=file.write, args=("meanwhile",))
+    writer.start()
+    writer.join(60)
+    is_held_up = writer.is_alive()
+    file.close()
+    go_on.set()
+    thread.join()
+    assert not is_held_up
+    assert (tmp_path / "a.txt").read_text() == "meanwhile\n"
+    assert told == []
+
+
 def test_a_full_disk_is_told_once_and_loses_nothing(
     disk: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,11 +1,11 @@
-"""Ranks that meet, beat and meet with an accident; forked from one process, as imports cost seconds.
+"""Ranks that work and meet with an accident; forked from one process, as imports cost seconds.
 
     python tests/watchdog_ranks.py < SCENES
 
 A scene is a line of JSON: folder, ranks, at (the rank that has the accident), accident, step, and
 dead_after_s and hung_after_s of the watchdog. Of each rank the folder gets out-N.txt; when all have
-ended, a line of JSON with their exit codes, and the seconds that each took from the accident on,
-goes to standard output.
+ended, a line of JSON with their exit codes, their pids, and the seconds that each took from the
+accident on, goes to standard output.
 """
 
 from __future__ import annotations
@@ -42,12 +42,22 @@ def accident(kind: str, scene: dict[str, Any]) -> None:
     elif kind == "hang":
         time.sleep(3600)
     elif kind == "hang in C":
-        ctypes.PyDLL(None).sleep(3600)  # holds the interpreter
+        library, lock = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+        library.sem_init(lock, 0, 0)
+        library.sem_wait(lock)  # holds the interpreter, and no signal ends it
     elif kind == "busy in C":
         ctypes.PyDLL(None).usleep(int(2.5e6 * scene["dead_after_s"]))
-    elif kind == "sentinel":
+    elif kind in ("sentinel", "node"):
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii")
-        os.kill(int(children.split()[0]), signal.SIGKILL)
+        sentinel = int(children.split()[0])
+        while not any(
+            "socket" in str(f.readlink()) for f in Path(f"/proc/{sentinel}/fd").iterdir()
+        ):
+            time.sleep(0.1)
+        time.sleep(0.5)  # until the hub has seen it, too
+        os.kill(sentinel, signal.SIGKILL)
+        if kind == "node":
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run_rank(ranks: Ranks, scene: dict[str, Any]) -> None:
@@ -121,6 +131,7 @@ def play(scene: dict[str, Any]) -> dict[str, Any]:
     return {
         "codes": [codes.get(rank) for rank in count],
         "seconds": [ended.get(rank) for rank in count],
+        "pids": list(pids),
     }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from longpretrain.engine import checkpoint
+from longpretrain.engine.names import LATEST, pointed_at, step_of
 from longpretrain.errors import InputError
 
 _SMALL = 1 << 24
@@ -71,7 +72,7 @@ def choose(run_dir: Path) -> Choice:
 def seen(run_dir: Path) -> str:
     """What decides: the names of the folders, and ``latest``."""
     names = ", ".join(path.name for _, path in checkpoint.folders(run_dir)) or "none"
-    latest = checkpoint.pointed_at(run_dir)[:80]
+    latest = pointed_at(run_dir)[:80]
     return f"{names}, latest {latest!r}" if latest else names
 
 
@@ -79,11 +80,11 @@ def _order(run_dir: Path) -> _Order:
     """Which checkpoints to try. ``latest`` may have been pointed back on purpose: what is newer
     than it is not tried.
     """
-    pointer = checkpoint.pointed_at(run_dir)
+    pointer = pointed_at(run_dir)
     found = [(step, path) for step, path in reversed(checkpoint.folders(run_dir))]
-    place = run_dir / "checkpoints" / checkpoint.LATEST
+    place = run_dir / "checkpoints" / LATEST
     named = place.parent / (pointer if "/" not in pointer else "")
-    step = checkpoint.step_of(named)
+    step = step_of(named)
     if step is None and (copy := checkpoint.latest(run_dir)):  # under a name of somebody's own
         return _Order(pointer=pointer, folders=(copy, *(path for _, path in found)))
     if step is not None:
@@ -123,7 +124,8 @@ def _examine(folder: Path, part: int, parts: int, *, largest: float = float("inf
     try:
         checkpoint.verify_files(folder, part, parts, largest=largest)
     except InputError as error:
-        problem = f"{error.what.removeprefix('checkpoint file ')}: {error.got}"
+        what = error.what.removeprefix("checkpoint ").removeprefix("file ")
+        problem = f"{what}: {error.got}"
         return _Finding(
             problem=problem.replace(f"{folder}/", ""), is_foreign=checkpoint.is_foreign(folder)
         )

@@ -18,7 +18,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 import longpretrain
 from longpretrain.code_version import code_version
+from longpretrain.engine.names import LATEST, pointed_at, step_of
 from longpretrain.engine.zero import ZeroEngine
 from longpretrain.errors import InputError
 from longpretrain.files import read_json_object, sha256, write_atomically
@@ -35,7 +35,6 @@ from longpretrain.files import read_json_object, sha256, write_atomically
 FORMAT = 2
 """Format 1 was the same without a hash of state.json itself; it is still read."""
 STATE = "state.json"
-LATEST = "latest"
 SEAL = "sha256"
 """The entry of state.json that holds its own hash."""
 _OPEN_SEAL = "0" * 64
@@ -52,21 +51,6 @@ def folders(run_dir: Path) -> list[tuple[int, Path]]:
         for path in (run_dir / "checkpoints").glob("step-*")
         if (step := step_of(path)) is not None and path.is_dir()
     )
-
-
-def step_of(folder: Path) -> int | None:
-    """The step that a folder of a run is named after; None for any other name."""
-    found = re.fullmatch(r"step-([0-9]{1,18})", folder.name)
-    return int(found[1]) if found else None
-
-
-def pointed_at(run_dir: Path) -> str:
-    """What ``checkpoints/latest`` says; nothing if it is no file of text."""
-    try:
-        text = (run_dir / "checkpoints" / LATEST).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    return text.strip()
 
 
 def point_at(run_dir: Path, folder: Path) -> None:

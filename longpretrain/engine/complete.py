@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longpretrain.engine import checkpoint, retention
+from longpretrain.engine import checkpoint, names, retention
 from longpretrain.engine.task import Task
 from longpretrain.files import sha256, sync
 
@@ -56,7 +56,7 @@ def complete(
     """
     _write_small_files(part, task, everyone, state)
     sync(part)
-    latest = final.parent / checkpoint.LATEST
+    latest = final.parent / names.LATEST
     pointer = final.with_name(f".{final.name}.latest.part")
     old = retention.hidden(final)
     shutil.rmtree(old, ignore_errors=True)

@@ -15,7 +15,7 @@ import math
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -92,8 +92,7 @@ class Forensics:
         self._metrics = metrics
         self._mark = mark
         self._folder = config.run_dir / FOLDER
-        self.last = self._folder
-        """The newest dump of this process, else the folder of all."""
+        self._last = self._folder  # of the newest dump in this process, else of all
 
     def settle(
         self,
@@ -135,8 +134,21 @@ class Forensics:
             }
             dump = _dump(moment, first, again, trace, everyone)
             self._tell(path, step, dump, is_applied=again.result.applied)
-        self.last = path
+        self._last = path
         return again
+
+    def give_up(self, in_a_row: int, step: int) -> NoReturn:
+        """Ends a run that has skipped so many updates; it can go on from its last checkpoint.
+
+        Raises:
+            FloatingPointError: always.
+        """
+        raise FloatingPointError(
+            f"loss or gradient: got {in_a_row} updates in a row that are not finite, to step "
+            f"{step}; wanted finite ones. None reached the weights, and the last checkpoint holds "
+            f"those of before. See {self._last}: mend the cause, or lower optim.lr or set "
+            "optim.clip_norm and begin a new run from an older checkpoint."
+        )
 
     def _is_ordinary(self, attempted: Attempted, in_a_row: int) -> bool:
         """Whether only the loss scale of fp16 was too high, as it often is."""
@@ -231,7 +243,7 @@ def _dump(
         "weights_not_finite": _bad(trace.weights),
         "gradients_not_finite": _bad(trace.gradients),
         "largest_weights": _largest(trace.weights),
-        "largest_gradients": _largest(trace.gradients),
+        "largest_gradients": _largest(trace.gradients, scale=moment["loss_scale"]),
     }
     dump["summary"] = _what_repeated(dump) if is_applied else f"update skipped: {_what(dump)}"
     return dump
@@ -241,10 +253,10 @@ def _bad(rows: list[Report]) -> list[Report]:
     return [row for row in rows if row["nan"] or row["inf"]]
 
 
-def _largest(rows: list[Report]) -> list[Report]:
+def _largest(rows: list[Report], *, scale: float = 1.0) -> list[Report]:
     known = [row for row in rows if row["largest"] is not None]
     found = sorted(known, key=lambda row: -float(row["largest"]))[:_SHOWN]
-    return [{"name": row["name"], "largest": row["largest"]} for row in found]
+    return [{"name": row["name"], "largest": row["largest"] / scale} for row in found]
 
 
 def _what(dump: Report) -> str:

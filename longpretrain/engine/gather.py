@@ -1,6 +1,6 @@
 """This rank's share of a checkpoint, whole tensors in host memory, gathered with little traffic.
 
-A tensor is written by a rank that holds the most of it. ZeRO 1 and 2 cut one long vector of all
+A tensor is written by a rank that holds much of it. ZeRO 1 and 2 cut one long vector of all
 parameters into equal parts: nearly every parameter lies on one rank as a whole, and only those
 that lie across a cut travel. Stage 3 cuts each parameter: every rank sends each other one what that
 one will write. What travels does so in a few large exchanges, in order of the parameters, so that
@@ -139,16 +139,16 @@ def _is_nccl() -> bool:
 
 
 def _places(engine: ZeroEngine, everyone: Sequence[Sequence[Span]]) -> list[_Place]:
-    """The same on every rank: those who hold the most of a tensor share the writing evenly."""
+    """The same on every rank: those who hold much of a tensor share the writing evenly."""
     held = [0] * len(everyone)
     places = []
     for number, name in enumerate(engine.trained_names):
         spans = [of_rank[number] for of_rank in everyone]
         most = max(size for _, size in spans)
         shape = engine.whole_shape(name)
-        owner = min(
-            (rank for rank, (_, size) in enumerate(spans) if size == most), key=held.__getitem__
-        )
+        # Parts that were cut equally may differ by padding: half of the most is enough.
+        able = (rank for rank, (_, size) in enumerate(spans) if 2 * size >= most)
+        owner = min(able, key=held.__getitem__)
         held[owner] += shape.numel()
         places.append(_Place(name=name, shape=shape, spans=spans, owner=owner))
     return places

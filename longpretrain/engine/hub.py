@@ -11,10 +11,11 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from longpretrain.engine.lines import Lines, Message
+from longpretrain.engine.names import STATUS, pointed_at, read_status, step_of
 from longpretrain.engine.verdict import Judge
+from longpretrain.errors import InputError
 from longpretrain.files import write_atomically
 
 _POLL_S = 0.1
@@ -26,7 +27,6 @@ _DUMP_S = 5.0
 """How long it waits for stacks."""
 _DISK_S = 2.0
 """How long a verdict waits for a disk to take status.json."""
-_STATUS = "status.json"
 
 
 class Hub:
@@ -46,6 +46,8 @@ class Hub:
         self._run: Message = {}
         self._dumped: set[int] = set()
         self._poll = select.epoll()
+        self.is_alone = False
+        """Whether the sentinel of this process has ended: then the hub stays for a moment only."""
 
     def run(self) -> None:
         """In a thread of its own; returns when all have heard what there was to tell."""
@@ -64,6 +66,8 @@ class Hub:
             woke = now
             if until is None:
                 until = self._decide(now)
+            if until is None and self.is_alone:
+                until = now + _FAREWELL_S
         self._listener.close()
 
     def _accept(self) -> None:
@@ -102,6 +106,7 @@ class Hub:
             self._lines[descriptor].send({"beat": 0, "run": self._run})
         elif "run" in message:
             self._run = message["run"]
+            self._tell({"beat": 0, "run": self._run})
         elif "died" in message:
             self._judge.trouble(message["died"], "died", message["detail"], now)
         elif "told" in message:
@@ -117,7 +122,8 @@ class Hub:
         if verdict:
             return self._end(verdict, self._judge.blamed())
         if self._judge.is_hung(now):
-            return self._end(self._hung(), self._judge.here()[0].rank)
+            behind = self._judge.behind() or self._judge.here()
+            return self._end(self._hung(), behind[0].rank)
         if self._judge.is_over(now, _FAREWELL_S):
             self._tell({"over": True})
             return now + _LINGER_S
@@ -166,19 +172,12 @@ def write_failed(run: Message, reason: str) -> None:
     """
     if not run:
         return
-    path = Path(run["dir"]) / _STATUS
-    with contextlib.suppress(OSError, ValueError):
-        last: Any = json.loads(path.read_text(encoding="utf-8"))
-        if last["state"] != "running" or last["time"] != run["time"]:
+    run_dir = Path(run["dir"])
+    with contextlib.suppress(OSError, InputError):  # nothing more can be done about it here
+        last = read_status(run_dir)
+        if last.get("state") != "running" or last.get("time") != run["time"]:
             return
-        step = max(int(last["step"]), _kept_step(Path(run["dir"])))
+        kept = step_of(run_dir / pointed_at(run_dir))
+        step = last.get("step", 0) if kept is None else kept
         told = {"state": "failed", "reason": reason, "step": step, "time": round(time.time(), 3)}
-        write_atomically(path, json.dumps({**last, **told}, indent=1) + "\n")
-
-
-def _kept_step(run_dir: Path) -> int:
-    """The step of the newest checkpoint, by its name: who reads it whole needs torch."""
-    with contextlib.suppress(OSError, ValueError):
-        text = (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8")
-        return int(text.strip().removeprefix("step-"))
-    return 0
+        write_atomically(run_dir / STATUS, json.dumps({**last, **told}, indent=1) + "\n")

@@ -35,8 +35,9 @@ from longpretrain.ranks import Ranks
 from longpretrain.report.metrics import MetricsLog
 from longpretrain.schedule import hidden_dropout_seed, learning_rate
 
-Evaluate = Callable[[ZeroEngine], tuple[float, int]]
-"""Scores held-out data with all ranks: (summed nats, masked tokens), the same on each."""
+Evaluate = Callable[[ZeroEngine, Callable[[], None]], tuple[float, int]]
+"""Scores held-out data with all ranks: (summed nats, masked tokens), the same on each; calls the
+function when it has got on."""
 
 Mark = Callable[[str], None]
 """Takes what a rank does next, such as "step 12: batch"."""
@@ -190,14 +191,16 @@ def train(
             more["step_s"] = time.monotonic() - started
             _log_update(metrics, task, progress, update, more)
             saver.advance(update.saver_flags)
-            _check_skipped(progress, config.optim.max_skipped, forensics.last, saver)
+            if progress.skipped_in_a_row >= config.optim.max_skipped:
+                saver.finish()
+                forensics.give_up(progress.skipped_in_a_row, step)
             if evaluate and _is_due(step, config.evaluate.every_steps, total):
                 mark(f"step {step}: evaluation")
-                _log_evaluation(metrics, step, evaluate, engine)
-            # Weights that stand still need no new checkpoint; after a stretch of skipped updates
-            # the one before it is where to go on from.
+                _log_evaluation(metrics, step, evaluate, engine, mark)
             if update.stop_asked:
                 break
+            # Weights that stand still need no new checkpoint; after a stretch of skipped updates
+            # the one before it is where to go on from.
             if saver.is_due(step) and update.result.applied:
                 mark(f"step {step}: checkpoint")
                 saver.begin(_state(config, engine, task, progress))
@@ -343,17 +346,6 @@ def _is_due(step: int, every: int, total: int) -> bool:
     return bool(every) and (step % every == 0 or step == total)
 
 
-def _check_skipped(progress: _Progress, most: int, seen: Path, saver: Saver) -> None:
-    if progress.skipped_in_a_row >= most:
-        saver.finish()
-        raise FloatingPointError(
-            f"loss or gradient: got {progress.skipped_in_a_row} updates in a row that are not "
-            f"finite, to step {progress.step}; wanted finite ones. None reached the weights, and "
-            f"the last checkpoint holds those of before. See {seen}: mend the cause, or lower "
-            "optim.lr or set optim.clip_norm and begin a new run from an older checkpoint."
-        )
-
-
 def _log_update(
     metrics: MetricsLog, task: Task, progress: _Progress, update: _Update, more: dict[str, object]
 ) -> None:
@@ -375,10 +367,12 @@ def _log_update(
     )
 
 
-def _log_evaluation(metrics: MetricsLog, step: int, evaluate: Evaluate, engine: ZeroEngine) -> None:
+def _log_evaluation(
+    metrics: MetricsLog, step: int, evaluate: Evaluate, engine: ZeroEngine, mark: Mark
+) -> None:
     started = time.monotonic()
     engine.train(False)
-    nats, count = evaluate(engine)
+    nats, count = evaluate(engine, lambda: mark(f"step {step}: evaluation"))
     engine.train()
     metrics.report(
         {

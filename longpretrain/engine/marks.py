@@ -21,13 +21,14 @@ class Marks:
         self.descriptor = os.memfd_create("longpretrain-marks")
         os.ftruncate(self.descriptor, SIZE)
         self._memory = mmap.mmap(self.descriptor, SIZE)
-        self._count = 0
+        self._count, self._text = 0, b""
         self.write("its start")
 
     def write(self, what: str) -> None:
-        """One more mark."""
+        """One more mark. The same again says that the rank goes on, and does not count."""
         text = what.encode()[: SIZE - _HEAD.size]
-        before, self._count = self._count, self._count + 1
+        before, self._count = self._count, self._count + (text != self._text)
+        self._text = text
         _HEAD.pack_into(self._memory, 0, self._count, before, time.monotonic(), len(text))
         self._memory[_HEAD.size : _HEAD.size + len(text)] = text
         _HEAD.pack_into(self._memory, 0, self._count, self._count, time.monotonic(), len(text))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import select
 import signal
 from pathlib import Path
 
@@ -12,20 +14,39 @@ _STATE, _PARENT, _EXIT_STATUS = 0, 1, 49
 
 
 class Watched:
-    """A process that runs when this is made.
+    """A process of this machine.
 
     Args:
         pid: its number.
+        is_parent: whether it started this process; then one that has ended is watched, too.
 
     Raises:
-        OSError: it has ended already.
+        OSError: it has ended already, and is not the parent.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, *, is_parent: bool = False) -> None:
         self.pid = pid
-        self.handle = os.pidfd_open(pid)
-        """Readable from the process's end on. An epoll over several gives the order of ends."""
         self._stopped_since: float | None = None
+        if is_parent:
+            self.handle = _parent_handle(pid)
+        else:
+            self.handle = os.pidfd_open(pid)
+        """Readable from the process's end on. An epoll over several gives the order of ends."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has."""
+        return bool(select.select([self.handle], [], [], 0)[0])
+
+    def ends_within(self, patience_s: float) -> bool:
+        """Waits for its end."""
+        return bool(select.select([self.handle], [], [], max(0.0, patience_s))[0])
+
+    def kill(self) -> None:
+        """Ends it, even if it is stopped."""
+        if not self.has_ended:
+            with contextlib.suppress(OSError):
+                os.kill(self.pid, signal.SIGKILL)
 
     def how_it_ended(self) -> str:
         """In words, of one that has. Whoever started it may have taken the answer away already."""
@@ -50,6 +71,18 @@ class Watched:
     def forget_pause(self) -> None:
         """Time in which the watching process was stopped itself does not count."""
         self._stopped_since = None
+
+
+def _parent_handle(pid: int) -> int:
+    """A descriptor that is readable once the parent has ended, which it may have done before."""
+    with contextlib.suppress(ProcessLookupError):
+        handle = os.pidfd_open(pid)
+        if os.getppid() == pid:
+            return handle
+        os.close(handle)  # the number is another's by now
+    reader, writer = os.pipe()
+    os.close(writer)
+    return reader
 
 
 def in_words(status: int | None) -> str:

@@ -10,9 +10,9 @@ import contextlib
 import shutil
 from pathlib import Path
 
-from longpretrain.engine import checkpoint
+from longpretrain.engine import checkpoint, names
 
-LEFT_OVERS = (".step-*.part", f".{checkpoint.LATEST}.*.part")
+LEFT_OVERS = (".step-*.part", f".{names.LATEST}.*.part")
 """What a killed save, or a killed removal, leaves."""
 
 

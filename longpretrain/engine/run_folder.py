@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,23 +17,15 @@ import yaml
 
 from longpretrain.config import Config, differences, to_tree
 from longpretrain.engine import checkpoint
+from longpretrain.engine.names import ATTEMPTS, CONFIG, LOCK, STATUS, pointed_at, read_status
 from longpretrain.errors import InputError
-from longpretrain.files import PROBE, need_writable, read_json_object, write_atomically
+from longpretrain.files import PROBE, need_writable, write_atomically
 from longpretrain.ranks import Ranks
 from longpretrain.recipe import from_tree
 
-CONFIG = "config.yaml"
-STATUS = "status.json"
-ATTEMPTS = "attempts.json"
-LOCK = ".lock"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 State = Literal["running", "done", "preempted", "failed"]
-
-
-def read_status(run_dir: Path) -> dict[str, Any]:
-    """The last status.json of a run; empty if there is none."""
-    path = run_dir / STATUS
-    return read_json_object(path, way_out="Remove the file.") if path.is_file() else {}
 
 
 def how_it_ended(run_dir: Path) -> str | None:
@@ -48,7 +41,24 @@ def how_it_ended(run_dir: Path) -> str | None:
 def write_status(run_dir: Path, state: State, *, reason: str, step: int) -> None:
     """Says how the run stands. Scripts decide by this file: launchers mangle exit codes."""
     status = {"state": state, "reason": reason, "step": step, "time": round(time.time(), 3)}
-    write_atomically(run_dir / STATUS, json.dumps(status, indent=1) + "\n")
+    text = json.dumps(status, indent=1) + "\n"
+    try:
+        write_atomically(run_dir / STATUS, text)
+    except OSError as error:
+        if error.errno not in _NO_ROOM or not _overwrite(run_dir / STATUS, text.encode()):
+            raise
+
+
+def _overwrite(path: Path, data: bytes) -> bool:
+    """Writes over a file in place: a full disk has no room for a second one beside it."""
+    try:
+        with path.open("r+b") as file:
+            file.write(data)
+            file.truncate()
+            os.fsync(file.fileno())
+    except OSError:
+        return False
+    return True
 
 
 def check_run_dir(config: Config, *, fresh: bool) -> None:
@@ -70,7 +80,7 @@ def check_run_dir(config: Config, *, fresh: bool) -> None:
         )
     if fresh:
         _check_movable(config)
-    elif is_run and (checkpoint.folders(run_dir) or checkpoint.pointed_at(run_dir)):
+    elif is_run and (checkpoint.folders(run_dir) or pointed_at(run_dir)):
         _check_same_recipe(config)
     place = run_dir.absolute().parent if fresh and run_dir.exists() else run_dir
     need_writable(place, what="run folder", way_out="Give another run.dir, or make it writable.")

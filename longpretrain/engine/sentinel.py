@@ -17,7 +17,6 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -38,6 +37,9 @@ _TICK_S = 1.0
 _PAUSE_S = 2.0
 """Between two turns of the loop: longer, and this process was stopped itself, as by Ctrl-Z."""
 _CONNECT_S = 20.0
+"""How long it tries to reach the hub, which may start later; each try takes ``_ANSWER_S`` at most.
+"""
+_ANSWER_S = 1.0
 _DUMP_S = 1.0
 _END_S = 4.0
 """How long a rank may take to end after the verdict before it is killed."""
@@ -51,7 +53,8 @@ class Sentinel:
     """Watches over one rank.
 
     Args:
-        facts: the rank's ``rank`` and ``pid``, ``dead_after_s`` of its recipe, and ``token``.
+        facts: the rank's ``rank`` and ``pid``, ``dead_after_s`` of its recipe, ``hub`` (address and
+            port) and ``token``.
         marks: descriptor of what the rank did last.
         stacks: descriptor of the file that takes the stacks of its threads.
     """
@@ -60,9 +63,11 @@ class Sentinel:
         self._facts, self._rank = facts, int(facts["rank"])
         self._marks, self._stacks = open_marks(marks), stacks
         self._parent = Lines(0, 1)
-        self._own = Watched(facts["pid"])
+        self._own = Watched(facts["pid"], is_parent=True)
         self._hub: Lines | None = None
         self._hub_name, self._heard_at = "rank 0", time.monotonic()
+        self._connect_until: float | None = self._heard_at + _CONNECT_S
+        self._unsaid: list[Message] = []
         self._here: dict[int, tuple[int, Watched]] = {}
         self._known = {self._rank}
         self._run: Message = {}
@@ -75,13 +80,17 @@ class Sentinel:
 
     def run(self) -> None:
         """Until the rank is through, or it ended and the verdict is told."""
+        self._connect()
         self._poll.register(self._parent.reader, select.EPOLLIN)
         self._follow(self._rank, self._own)
         tick_s = min(_TICK_S, self._facts["dead_after_s"] / 4)
         at = woke = time.monotonic()
         while not self._is_through and (self._until is None or time.monotonic() < self._until):
-            for descriptor, _ in self._poll.poll(max(0.0, at - time.monotonic())):
+            pause_s = max(0.0, at - time.monotonic())
+            for descriptor, _ in self._poll.poll(pause_s if self._hub else min(pause_s, 0.2)):
                 self._serve(descriptor)
+            if self._hub is None:
+                self._connect()
             now = time.monotonic()
             if now - woke > tick_s + _PAUSE_S:
                 self._heard_at = now
@@ -90,6 +99,11 @@ class Sentinel:
             if now >= at:
                 at = now + tick_s
                 self._beat(now)
+
+    def close(self) -> None:
+        """Leaves the hub."""
+        if self._hub:
+            self._hub.close()
 
     def _serve(self, descriptor: int) -> None:
         if descriptor == self._parent.reader:
@@ -102,15 +116,18 @@ class Sentinel:
     def _beat(self, now: float) -> None:
         count, at, mark = read_mark(self._marks)
         stopped_s = self._own.stopped_s(now)
-        self._say(
-            {"beat": 0, "count": count, "age_s": now - at, "mark": mark, "stopped_s": stopped_s}
-        )
+        if self._hub:
+            self._hub.send(
+                {"beat": 0, "count": count, "age_s": now - at, "mark": mark, "stopped_s": stopped_s}
+            )
         if self._hub and now - self._heard_at > self._facts["dead_after_s"]:
             self._end_alone(f"gave no sign of life for {now - self._heard_at:.0f} s")
 
     def _say(self, message: Message) -> None:
         if self._hub:
             self._hub.send(message)
+        elif self._connect_until is not None:
+            self._unsaid.append(message)
 
     # The ranks of this machine.
 
@@ -143,9 +160,7 @@ class Sentinel:
                 self._poll.unregister(self._parent.reader)
             return False
         for message in messages:
-            if "hub" in message:
-                self._connect(*message["hub"])
-            elif "run" in message:
+            if "run" in message:
                 self._run = message["run"]
                 self._say(message)
             elif "told" in message:
@@ -158,23 +173,29 @@ class Sentinel:
 
     # The hub.
 
-    def _connect(self, address: str, port: int) -> None:
-        deadline = time.monotonic() + _CONNECT_S
-        while self._hub is None:
-            try:
-                connection = socket.create_connection((address, port), timeout=5)
-                self._hub = Lines.over(connection)
-            except OSError as error:
-                is_gone = select.select([self._own.handle], [], [], 0)[0]
-                if time.monotonic() > deadline or is_gone:
-                    self._parent.send({"unwatched": f"{address}:{port} ({error})"})
-                    return
-                time.sleep(0.2)
+    def _connect(self) -> None:
+        """Tries; the loop asks again."""
+        if self._connect_until is None or self._is_told:
+            return
+        try:
+            connection = socket.create_connection(self._facts["hub"], timeout=_ANSWER_S)
+        except OSError as error:
+            if time.monotonic() > self._connect_until:
+                self._connect_until = None
+                host, port = self._facts["hub"]
+                self._parent.send({"unwatched": f"{host}:{port} ({error})"})
+            elif any("told" in message for message in self._unsaid):
+                self._end_alone("has no watchdog that answers")
+            return
+        self._connect_until = None
+        self._hub = Lines.over(connection)
         self._heard_at = time.monotonic()
         self._poll.register(self._hub.reader, select.EPOLLIN)
         mine = {"host": socket.gethostname(), "pid": self._own.pid, "place": place()}
-        self._say({"hello": self._rank, "token": self._facts["token"], **mine})
+        self._hub.send({"hello": self._rank, "token": self._facts["token"], **mine})
         self._beat(self._heard_at)
+        for message in self._unsaid:
+            self._hub.send(message)
 
     def _hear_hub(self, hub: Lines) -> None:
         messages = hub.receive()
@@ -218,6 +239,7 @@ class Sentinel:
     def _end_alone(self, detail: str) -> None:
         mark = read_mark(self._marks)[2]
         verdict = f"{self._hub_name} {detail} when this rank was at {mark}"
+        self._connect_until = None
         self._end({"verdict": verdict, "blamed": 0}, 0.02 * self._rank)
 
     def _end(self, message: Message, write_after_s: float) -> None:
@@ -232,12 +254,14 @@ class Sentinel:
         patience_s = _OWN_ERROR_S if self._told_error else _END_S
         self._until = time.monotonic() + patience_s + 1.0
         later = min(write_after_s, 1.0)
+        is_stopped = self._own.stopped_s(time.monotonic()) > 0
 
         def write_and_kill() -> None:
             time.sleep(later)
             write_failed(self._run, verdict)
-            if not select.select([self._own.handle], [], [], patience_s - later)[0]:
-                os.kill(self._own.pid, signal.SIGKILL)
+            # One that is stopped cannot end by itself.
+            if not self._own.ends_within(0.0 if is_stopped else patience_s - later):
+                self._own.kill()
             self._is_through = True
 
         threading.Thread(target=write_and_kill, daemon=True).start()
@@ -292,13 +316,11 @@ def main(argument: str) -> None:
         serving = Hub(listener, facts["token"], judge)
         hub = threading.Thread(target=serving.run)
         hub.start()
-    try:
-        sentinel = Sentinel(facts, facts["marks"], facts["stacks"])
-    except ProcessLookupError:
-        return
+    sentinel = Sentinel(facts, facts["marks"], facts["stacks"])
     sentinel.run()
-    sys.stdout.flush()
+    sentinel.close()
     if hub:
+        serving.is_alone = True
         hub.join()
 
 

@@ -27,7 +27,7 @@ _NAMED = 4
 
 
 @dataclass
-class Watched:
+class Seen:
     """A rank as its sentinel tells of it."""
 
     rank: int
@@ -57,7 +57,7 @@ class Judge:
     world_size: int
     dead_after_s: float
     hung_after_s: float
-    watched: dict[int, Watched] = field(default_factory=dict)
+    watched: dict[int, Seen] = field(default_factory=dict)
     _order: list[int] = field(default_factory=list)
     _decide_at: float | None = None
     _first_left_at: float | None = None
@@ -65,7 +65,7 @@ class Judge:
 
     def hello(self, rank: int, host: str, pid: int, now: float) -> None:
         """A rank's sentinel is there; nobody is judged before."""
-        self.watched[rank] = Watched(rank=rank, host=host, pid=pid, heard_at=now)
+        self.watched[rank] = Seen(rank=rank, host=host, pid=pid, heard_at=now)
 
     def beat(
         self, rank: int, *, count: int, age_s: float, mark: str, stopped_s: float, now: float
@@ -78,7 +78,11 @@ class Judge:
     def trouble(self, rank: int, kind: Kind, detail: str, now: float) -> None:
         """A report; of each rank the first counts, what follows from it does not."""
         seen = self.watched.get(rank)
-        if seen is None or seen.has_left or seen.trouble:
+        if seen is None or seen.has_left:
+            return
+        if seen.trouble == "died" and kind in ("failed", "broken"):  # on the way when it ended
+            seen.trouble, seen.detail = kind, detail
+        if seen.trouble:
             return
         seen.trouble, seen.detail = kind, detail
         self._order.append(rank)
@@ -128,27 +132,32 @@ class Judge:
             return False
         return all(seen.age_s + now - seen.heard_at > self.hung_after_s for seen in here)
 
-    def here(self) -> list[Watched]:
+    def here(self) -> list[Seen]:
         """Ranks that run, as far as known."""
         return [seen for seen in self.watched.values() if not seen.has_left and not seen.trouble]
 
+    def behind(self) -> list[Seen]:
+        """Ranks that stand at an earlier mark than the others; none where all stand at the same."""
+        here = self.here()
+        most = max(seen.count for seen in here)
+        found = [seen for seen in here if seen.count < most]
+        return found if len({seen.mark for seen in here}) > 1 else []
+
     def hung_sentence(self, stacks: str) -> str:
         """Who is behind the others, and where the stacks are."""
-        here = self.here()
-        opening = f"no progress for {self.hung_after_s:g} s: "
-        most = max(seen.count for seen in here)
-        behind = [seen for seen in here if seen.count < most]
+        here, behind = self.here(), self.behind()
         ahead = max(here, key=lambda seen: seen.count)
-        if behind:
-            who = f"{_listed(behind)} {_stands(behind)} at {behind[0].mark}, the others at"
-            return f"{opening}{who} {ahead.mark}; stacks of all ranks in {stacks}"
         who = ahead.name if len(here) == 1 else "no rank stands out, all"
-        return f"{opening}{who} {_stands(here)} at {ahead.mark}; stacks of all ranks in {stacks}"
+        told = f"{who} {_stands(here)} at {ahead.mark}"
+        if behind:
+            told = f"{_listed(behind)} {_stands(behind)} at {behind[0].mark}, "
+            told += f"the others at {ahead.mark}"
+        return f"no progress for {self.hung_after_s:g} s: {told}; stacks of all ranks in {stacks}"
 
     def _listen(self, now: float, patience_s: float) -> None:
         for seen in self.here():
             if seen.stopped_s + now - seen.heard_at > patience_s and seen.stopped_s > 0:
-                detail = f"does not answer (it was stopped {seen.stopped_s:.0f} s ago)"
+                detail = f"does not answer (stopped for {seen.stopped_s:.0f} s)"
                 self.trouble(seen.rank, "stopped", detail, now)
             elif now - seen.heard_at > patience_s:
                 detail = f"gave no sign of life for {now - seen.heard_at:.0f} s"
@@ -157,14 +166,19 @@ class Judge:
     def blamed(self) -> int | None:
         """The rank that the verdict names first; None where no rank is lost."""
         causes = [rank for rank in self._order if self.watched[rank].trouble != "broken"]
-        return causes[0] if causes else None
+        return next(iter(causes or self._unheard()), None)
+
+    def _unheard(self) -> list[int]:
+        """Ranks whose sentinels never came, or were lost before they could."""
+        return [rank for rank in range(self.world_size) if rank not in self.watched]
 
     def _sentence(self) -> str:
         told = [self.watched[rank] for rank in self._order]
         causes = [seen for seen in told if seen.trouble != "broken"]
         if not causes:
-            first = told[0]
-            return f"no rank is lost, but {first.name} failed {_after(first)} {first.detail}"
+            unheard = ", ".join(map(str, self._unheard()[:_NAMED]))
+            lost = f"rank {unheard} never reported, and" if unheard else "no rank is lost, but"
+            return f"{lost} {told[0].name} failed {_after(told[0])} {told[0].detail}"
         first = causes[0]
         if first.trouble == "failed":
             return f"{first.name} failed {_after(first)} {first.detail}"
@@ -179,15 +193,15 @@ def lost_hub(name: str, detail: str, mark: str) -> str:
     return f"{name} {detail}; this rank was at {mark}"
 
 
-def _after(seen: Watched) -> str:
+def _after(seen: Seen) -> str:
     return f"after {seen.mark}:"
 
 
-def _stands(ranks: list[Watched]) -> str:
+def _stands(ranks: list[Seen]) -> str:
     return "stands" if len(ranks) == 1 else "stand"
 
 
-def _listed(ranks: list[Watched]) -> str:
+def _listed(ranks: list[Seen]) -> str:
     names = [seen.name for seen in ranks[:_NAMED]]
     more = len(ranks) - len(names)
     return " and ".join([", ".join(names), f"{more} more"] if more else _last_two(names))

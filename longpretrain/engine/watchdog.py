@@ -29,7 +29,7 @@ import torch.distributed as dist
 from longpretrain.config import WatchdogConfig
 from longpretrain.engine.lines import Lines
 from longpretrain.engine.marks import Marks
-from longpretrain.engine.run_folder import read_status
+from longpretrain.engine.names import read_status
 from longpretrain.engine.sentinel import DUMP_SIGNAL, source
 from longpretrain.ranks import Ranks
 
@@ -71,6 +71,7 @@ class Watchdog:
             shared = [(listener.getsockname()[1], secrets.token_hex(16))]
         dist.broadcast_object_list(shared, src=0)
         port, facts["token"] = shared[0]
+        facts["hub"] = ["127.0.0.1" if listener else self._ranks.master_addr, port]
         self._process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-I", "-S", "-c", source(), json.dumps(facts)],
             stdin=subprocess.PIPE,
@@ -82,8 +83,6 @@ class Watchdog:
             listener.close()
         assert self._process.stdin and self._process.stdout
         self._line = Lines(self._process.stdout.fileno(), self._process.stdin.fileno())
-        address = "127.0.0.1" if self._ranks.is_first else self._ranks.master_addr
-        self._line.send({"hub": [address, port]})
         self._thread = threading.Thread(target=self._listen, name="watchdog", daemon=True)
         self._thread.start()
         return self

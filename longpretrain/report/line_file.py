@@ -64,15 +64,22 @@ class LineFile:
                 self._write_kept()
 
     def sync(self) -> None:
-        """Makes the lines so far survive a crash of the machine, if the disk lets it."""
+        """Makes the lines so far survive a crash of the machine, if the disk lets it.
+
+        Other threads may write meanwhile: a disk can take seconds.
+        """
         with self._lock:
             if self._descriptor is None:
                 return
             self._write_kept()
-            try:
-                os.fsync(self._descriptor)
-            except OSError as error:
+            descriptor = os.dup(self._descriptor)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            with self._lock:
                 self._failed(error)
+        finally:
+            os.close(descriptor)
 
     def close(self) -> None:
         """Tries once more to write what is kept; safe to call twice."""

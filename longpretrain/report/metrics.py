@@ -196,11 +196,9 @@ class MetricsLog:
             self._console.say(text)
 
     def sync(self) -> None:
-        """Makes the lines so far survive a crash of the machine."""
+        """Makes the lines so far survive a crash of the machine; from any thread."""
         if self._is_writer:
             self._file.sync()
-            if self._tensorboard is not None:
-                self._tensorboard.flush()
 
     def close(self) -> None:
         """Closes the files and takes the progress bar away; safe to call twice."""
@@ -245,12 +243,17 @@ class MetricsLog:
             f" ({line['masked_tokens']:,} masked tokens{took})"
         )
         self._scalars(line["name"], line, ("loss", "bits"))
-        self.sync()
+        self._settle()
 
     def _event(self, line: dict[str, Any]) -> None:
         self._write(line)
         self._console.say(f"step {line['step']}: {line['event']}")
+        self._settle()
+
+    def _settle(self) -> None:
         self.sync()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
 
     def _write(self, line: Mapping[str, Any]) -> dict[str, Any]:
         written = {key: _plain(key, value) for key, value in line.items()}

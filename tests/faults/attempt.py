@@ -93,11 +93,12 @@ class Attempt:
         return found
 
     def all_processes(self) -> set[int]:
-        """Ranks, what they started, and the launcher."""
+        """Ranks, what they and their watchdogs started, and the launcher."""
         if self.way == PLAIN:
-            return _of_sessions(set(self._forked.values()))
+            ranks = set(self._forked.values())
+            return _of_sessions(ranks) | _watchers(ranks)
         own = {self._launcher.pid} if self._launcher and self._launcher.poll() is None else set()
-        return own | _of_run(self.run_dir)
+        return own | _of_run(self.run_dir) | _watchers(self._seen)
 
     def wait(self, timeout_s: float = PATIENCE_S) -> bool:
         """Whether every process has ended by then."""
@@ -166,6 +167,20 @@ def _of_run(run_dir: Path) -> set[int]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             if f"run.dir={run_dir}".encode() in path.read_bytes().split(b"\0"):
+                found.add(int(path.parent.name))
+    return found
+
+
+def _watchers(ranks: set[int]) -> set[int]:
+    """The watchdogs' processes of these ranks: in a session of their own, they name the rank's
+    process in their command line.
+    """
+    wanted = [f'"pid": {number}, "dead_after_s"'.encode() for number in ranks]
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            text = path.read_bytes()
+            if any(words in text for words in wanted) and is_alive(int(path.parent.name)):
                 found.add(int(path.parent.name))
     return found
 

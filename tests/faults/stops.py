@@ -18,7 +18,7 @@ from faults.kills import MOMENTS, Chains, Kill, Watch, went_on_from
 from faults.table import Row
 
 SECTION = "Signals: 2 ranks, asked to stop; then the same command again, until the run is done"
-SIGNALS = ("SIGUSR1", "SIGTERM")
+SIGNALS = ("SIGUSR1", "SIGTERM", "SIGUSR2")
 PREEMPTED = 75
 
 

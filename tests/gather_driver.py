@@ -1,0 +1,95 @@
+"""One rank: after two updates, is its share of a checkpoint, bit for bit, what DeepSpeed gathers?
+
+    torchrun --nproc-per-node 3 tests/gather_driver.py
+
+Prints a line per precision and stage from rank 0; any difference ends the rank.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from longpretrain.engine import gather, zero
+from longpretrain.engine.gather import Share
+from longpretrain.engine.zero import MOMENTS, ZeroEngine
+from longpretrain.ranks import discover
+from longpretrain.recipe import from_tree
+
+PAIRS = [(p, s) for p in ("fp32", "bf16") for s in (0, 1, 2, 3) if (p, s) != ("bf16", 0)]
+
+
+class Odd(nn.Module):
+    """Sizes that no number of ranks divides, one of a single element, one that does not train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 13)
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.last = nn.Linear(13, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.first(x.to(self.first.weight.dtype)))).float().sum()
+
+
+class Names:
+    """A task that stores one parameter under two names."""
+
+    @staticmethod
+    def stored_names(parameter: str) -> tuple[str, ...]:
+        return (parameter, "twin") if parameter == "first.weight" else (parameter,)
+
+
+def bits(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
+    # A zero's sign may go: DeepSpeed adds zeros of other ranks to what it gathers.
+    return {name: (tensor + 0.0).view(torch.int32).tolist() for name, tensor in tensors.items()}
+
+
+def check(precision: str, stage: int) -> str:
+    torch.manual_seed(0)
+    tree = {"precision": precision, "zero": {"config": f"ds_configs/zero{stage}.json"}}
+    config = from_tree(tree | {"optim": {"lr": 0.1}})
+    engine = ZeroEngine(Odd(), config, accumulation=1)
+    share = Share(engine, Names())  # type: ignore[arg-type]
+    compare(engine, share.take())  # before any update: moments of zeros
+    for number in range(2):
+        engine.backward(engine(torch.full((2, 7), 1.0 + number + dist.get_rank())))
+        assert engine.step().applied
+    held = compare(engine, share.take())
+    engine._engine.destroy()
+    return f"{precision} {stage}: {held}"
+
+
+def compare(engine: ZeroEngine, mine: Mapping[str, Mapping[str, torch.Tensor]]) -> list[int]:
+    """How many elements each rank holds, after all of them were compared."""
+    wanted = {name: engine.full_state(name) for name in engine.trained_names}
+    wanted["twin"] = wanted["first.weight"]
+    for name in engine.trained_names:
+        wanted |= {f"{name}.{key}": engine.full_state(name, key) for key in MOMENTS}
+    found = {**mine["model"], **mine["optimizer"]}
+    for name, tensor in found.items():
+        assert tensor.shape == wanted[name].shape, name
+        assert bits({name: tensor}) == bits({name: wanted[name]}), name
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, sorted(found))
+    written = [name for names in everyone for name in names]
+    assert sorted(written) == sorted(wanted), "each tensor is written once"
+    return [sum(wanted[name].numel() for name in names) for names in everyone]
+
+
+if __name__ == "__main__":
+    gather._PIECE = 40  # several exchanges
+    zero.start_ranks(discover(), torch.device("cpu"))
+    for pair in PAIRS:
+        line = check(*pair)
+        if dist.get_rank() == 0:
+            print(line, flush=True)
+    dist.barrier()
+    zero.stop_ranks()
