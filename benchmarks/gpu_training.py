@@ -250,8 +250,7 @@ def run_case(case: Case, recipe: Path, place: Path, ranks: int, size: Size) -> d
     shutil.rmtree(place, ignore_errors=True)
     try:
         train(case, recipe, whole, ranks)
-        middle = size.steps // 2
-        cut_back(whole, resumed, f"step-{middle:06d}")
+        cut_back(whole, resumed)
         train(case, recipe, resumed, case.resumed_ranks or ranks)
         row = facts(whole)
         differs = near(whole, resumed) if case.resumed_ranks else differences(whole, resumed)
@@ -313,14 +312,16 @@ def last_error(said: str) -> str:
     return (told or lines or ["it said nothing"])[-1]
 
 
-def cut_back(whole: Path, resumed: Path, name: str) -> None:
-    """A copy of a run as it was when a checkpoint in its middle was the last."""
+def cut_back(whole: Path, resumed: Path) -> None:
+    """A copy of a run as it was when the checkpoint in its middle was the last.
+
+    In fp16 it may be of a later update than was asked for: one that is skipped leaves none.
+    """
     shutil.copytree(whole, resumed)
-    checkpoints = resumed / "checkpoints"
-    for folder in checkpoints.glob("step-*"):
-        if folder.name != name:
-            shutil.rmtree(folder)
-    (checkpoints / "latest").write_text(f"{name}\n", encoding="utf-8")
+    middle, *later = sorted((resumed / "checkpoints").glob("step-*"))
+    for folder in later:
+        shutil.rmtree(folder)
+    (resumed / "checkpoints" / "latest").write_text(f"{middle.name}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,6 @@ MOST_RESTARTS = "LONGPRETRAIN_MAX_RESTARTS"
 """How many restarts in a row may bring no new checkpoint; slurm/env.sh sets it."""
 PREEMPTED = 75
 _DEFAULT_MOST = 3
-_POINTLESS = ("InputError", "FloatingPointError")
-"""Errors that the same run would meet again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +135,8 @@ def decide(status: Mapping[str, object], code: int, standing: Standing) -> tuple
     if state == "preempted":
         is_asked = reason in ("SIGTERM", "SIGINT") and standing == Standing()
         return f"{reason} asked it to stop" if is_asked else "", code
-    if code == BAD_INPUT or any(f": {error}: " in reason for error in _POINTLESS):
+    was_refused = code == BAD_INPUT and not status  # once it trains, a machine may be to blame
+    if was_refused or ": FloatingPointError: " in reason:
         return "it would fail again in the same way", code
     return "", code
 

@@ -27,10 +27,8 @@ from longpretrain.tasks.masked_lm import MaskedLMTask
 from longpretrain.tasks.sources import open_corpus
 
 _ONE_COMMAND = "Start all ranks by one command, in one folder that all nodes see."
-_ONE_INSTALLATION = "Run all ranks from one checkout and environment that all nodes see, or copy "
-_ONE_INSTALLATION += "them to every node again."
-_ONE_COPY = "Give all nodes the same files; where they are the same, test the odd node's disk and "
-_ONE_COPY += "memory."
+_ONE_INSTALLATION = "Run all ranks from one checkout and environment that all nodes see."
+_ONE_COPY = "Give all nodes the same files, or test the disk and memory of the odd node."
 _WHAT = {
     "code": "code of longpretrain",
     "library": "compiled library",

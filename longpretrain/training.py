@@ -20,7 +20,7 @@ from longpretrain.announce import announce
 from longpretrain.attention import why_not
 from longpretrain.config import Config
 from longpretrain.engine import candidates, checkpoint, names, run_folder, zero
-from longpretrain.engine.adam import check_kernels
+from longpretrain.engine.adam import check_apex
 from longpretrain.engine.loop import Evaluate, accumulation_steps, train
 from longpretrain.engine.signals import StopRequest
 from longpretrain.engine.watchdog import Watchdog, patience
@@ -74,7 +74,7 @@ def _check_settings(config: Config, world_size: int, device: torch.device, *, fr
         )
     accumulation_steps(config, world_size)
     check_precision(config, device)
-    check_kernels(config, device.type)
+    check_apex(config, device.type)
     reason = why_not(config.model.attention_backend)
     if reason:
         raise InputError(
@@ -237,7 +237,7 @@ def _is_done(config: Config, ranks: Ranks, checkpoint_folder: Path) -> bool:
     if ranks.is_first:
         if names.read_status(config.run_dir).get("state") != "done":
             reason = f"all {total} updates"
-            run_folder.write_status(config.run_dir, "done", reason=reason, step=step)
+            names.write_status(config.run_dir, "done", reason=reason, step=step)
         _mend_pointer(config, checkpoint_folder)
         print(f"{config.run_dir} is done, all {total} updates", flush=True)
     return True

@@ -1,9 +1,9 @@
-# shellcheck shell=bash disable=SC2034  # launch.sh reads the array
+# shellcheck shell=bash disable=SC2034  # the scripts that read it use what it sets
 # Facts of your cluster, and of no other place: where jobs go, modules, container, network. Edit this
 # file. Every script of this folder and launch.sh (with sbatch or srun) read it before ranks start.
 
-# Where jobs go, and what they get beside the #SBATCH lines of the scripts. LAUNCHER=sbatch ./launch.sh
-# gives them to sbatch; with sbatch itself, give them as words or as variables (SBATCH_PARTITION=...).
+# Where jobs go, and what they get beside the #SBATCH lines of pretrain.sbatch. LAUNCHER=sbatch ./launch.sh
+# gives them to sbatch; to sbatch itself, give them as words or as variables (SBATCH_PARTITION=...).
 sbatch_options=(
     # --partition=gpu --account=me
     # --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 --time=24:00:00
@@ -23,6 +23,9 @@ export LONGPRETRAIN_MAX_RESTARTS=${LONGPRETRAIN_MAX_RESTARTS:-3}
 # There is no scontrol in most images, and ranks ask it for the address of rank 0; say it here:
 # MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1); export MASTER_ADDR
 LONGPRETRAIN_CONTAINER=${LONGPRETRAIN_CONTAINER:-}
+
+# How srun speaks to MPI, for prepare.sbatch: pmi2 fits MPICH, which is in .venv (srun --mpi=list).
+export LONGPRETRAIN_MPI=${LONGPRETRAIN_MPI:-pmi2}
 
 # The network, if NCCL or gloo pick another than the fast one.
 # export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5 GLOO_SOCKET_IFNAME=ib0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import random
 import re
 import shutil
 import signal
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,11 @@ class Testbed:
             "MASTER_ADDR": "127.0.0.1",  # its nodes have no names that resolve
         }
 
+    def in_shell(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """A shell's environment with what the cluster needs."""
+        path = f"{environment['PATH']}:/usr/sbin:/sbin"
+        return {**environment, **self.environment, "PATH": path}
+
     def run(self, *command: str, check: bool = True) -> str:
         """Output of one of Slurm's commands."""
         finished = subprocess.run(
@@ -85,20 +91,6 @@ class Testbed:
             nodes=told.get("NodeList", ""),
             exit_code=told["ExitCode"],
         )
-
-    def wait(
-        self, number: str, is_reached: Callable[[Job], bool], *, timeout_s: float = 240.0
-    ) -> Job:
-        """Waits until a job stands so; Slurm's pause of two minutes after a requeue is lifted."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            job = self.job(number)
-            if is_reached(job):
-                return job
-            assert time.monotonic() < deadline, f"job {number}: {job}\n{self.tails()}"
-            if job.state == "PENDING" and job.restarts:
-                self.run("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
-            time.sleep(0.3)
 
     def lose_node(self, node: str) -> None:
         """Takes a node away as a power cut does: all of its processes die, and Slurm is told."""
@@ -230,8 +222,12 @@ def _configuration(folder: Path, ports: list[int]) -> str:
         for number, port in enumerate(ports[1:], start=1)
     )
     listed = f"n[1-{len(ports) - 1}]"
+    first = random.SystemRandom().randrange(
+        1000, 60000
+    )  # ranks' ports follow from the job's number
     return f"""
 ClusterName=testbed
+FirstJobId={first}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser={user}

@@ -16,7 +16,7 @@ from torch import nn
 
 from longpretrain.config import Config
 from longpretrain.engine import zero
-from longpretrain.engine.adam import check_kernels, kernels_in_use, make_adam
+from longpretrain.engine.adam import check_apex, kernels_in_use, make_adam
 from longpretrain.engine.zero import ZeroEngine
 from longpretrain.errors import InputError
 from longpretrain.recipe import from_tree
@@ -36,30 +36,30 @@ def kernels(**keys: str) -> Config:
 @pytest.mark.parametrize("part", ["layer_norm", "adam"])
 def test_apex_that_is_not_there_is_refused(part: str) -> None:
     with pytest.raises(InputError) as caught:
-        check_kernels(kernels(**{part: "apex"}), "cuda")
+        check_apex(kernels(**{part: "apex"}), "cuda")
     assert str(caught.value).startswith(
         f"recipe key kernels.{part}: got apex, but no package of that name is installed; wanted "
         "NVIDIA's apex with its CUDA extensions, and a GPU. Build NVIDIA's from https://github.com/"
     )
-    check_kernels(kernels(), "cuda")
+    check_apex(kernels(), "cuda")
     assert kernels_in_use(kernels(), "cuda") == {"layer_norm": "torch", "adam": "torch"}
 
 
 def test_what_auto_comes_to(stand_in_apex: None) -> None:
-    check_kernels(kernels(layer_norm="apex", adam="apex"), "cuda")
+    check_apex(kernels(layer_norm="apex", adam="apex"), "cuda")
     in_use = kernels_in_use(kernels(), "cuda")
     assert in_use["layer_norm"].startswith("apex ") and in_use["adam"] == "torch"
     assert kernels_in_use(kernels(adam="apex"), "cuda")["adam"].startswith("apex ")
     assert kernels_in_use(kernels(layer_norm="torch"), "cuda")["layer_norm"] == "torch"
     assert kernels_in_use(kernels(), "cpu") == {"layer_norm": "torch", "adam": "torch"}
     with pytest.raises(InputError, match="its kernels run on GPUs, and this is the CPU"):
-        check_kernels(kernels(layer_norm="apex"), "cpu")
+        check_apex(kernels(layer_norm="apex"), "cpu")
 
 
 def test_apexs_adam_needs_its_state_on_the_gpu(stand_in_apex: None) -> None:
     tree = {"kernels": {"adam": "apex"}, "zero": {"config": "ds_configs/zero2_offload.json"}}
     with pytest.raises(InputError, match="apex with the optimizer's state in CPU memory"):
-        check_kernels(from_tree(tree), "cuda")
+        check_apex(from_tree(tree), "cuda")
 
 
 def test_updates_are_counted_in_the_state(stand_in_apex: None) -> None:

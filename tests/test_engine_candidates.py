@@ -82,10 +82,8 @@ def test_a_copy_under_a_name_of_ones_own(look: Look, three: Path) -> None:
         lambda folder: (folder / "model.safetensors").unlink(),
         shutil.rmtree,
         lambda folder: [path.unlink() for path in folder.iterdir()],
-        lambda folder: folder.rename(folder.with_name("step-000001")),
-        lambda folder: (shutil.rmtree(folder), folder.write_text("a file")),
     ],
-    ids=["flip", "state", "empty", "no state", "no file", "no folder", "bare", "renamed", "file"],
+    ids=["flip", "state", "empty", "no state", "no file", "no folder", "bare"],
 )
 def test_damaged_latest_costs_one_checkpoint(
     look: Look, three: Path, spoil: Callable[[Path], object]
@@ -94,8 +92,11 @@ def test_damaged_latest_costs_one_checkpoint(
     choice = look(three)
     assert name(choice) == "step-000006"
     told = "; ".join(choice.notes)
-    assert "checkpoint step-000009 is damaged, " in told
-    assert told.endswith(": skipped; going on from step-000006")
+    what = "checkpoint step-000009 is damaged, "
+    if not (three / "checkpoints/step-000009").exists():
+        what = "latest names 'step-000009', which is not there: "
+    assert what in told
+    assert told.endswith("; going on from step-000006")
 
 
 def test_two_damaged_ones_are_both_told(look: Look, three: Path) -> None:
@@ -112,7 +113,20 @@ def test_two_damaged_ones_are_both_told(look: Look, three: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "\n", "garbage", "../checkpoints/step-000003", "/", "..", "a" * 5000, "a\0b", "step-"],
+    [
+        "",
+        "\n",
+        "garbage",
+        "step-0000",
+        "step-000001",
+        "step-000012",
+        "../checkpoints/step-000003",
+        "/",
+        "..",
+        "a" * 5000,
+        "a\0b",
+        "step-",
+    ],
     ids=lambda text: repr(text[:9]),
 )
 def test_garbage_in_the_pointer_costs_nothing(look: Look, three: Path, text: str) -> None:
@@ -166,7 +180,7 @@ def test_no_whole_one_is_never_a_new_beginning(
     assert "--fresh" in caught.value.way_out
 
 
-@pytest.mark.parametrize("text", ["step-000009", "garbage", ""])
+@pytest.mark.parametrize("text", ["step-000009", "garbage", "", "a/b", "a" * 5000])
 def test_pointer_without_any_folder_is_never_a_new_beginning(
     look: Look, tmp_path: Path, text: str
 ) -> None:

@@ -49,15 +49,25 @@ class Small(nn.Module):
         return self.last(torch.tanh(self.first(x.to(self.first.weight.dtype)))).float().sum()
 
 
+def change_fp16(patch: pytest.MonkeyPatch, **keys: int) -> None:
+    """What DeepSpeed is told of fp16; a recipe has no say in it."""
+    settings_of = zero.settings_of_recipe
+    fp16 = {"fp16": {"enabled": True, **keys}}
+    patch.setattr(zero, "settings_of_recipe", lambda *args: settings_of(*args) | fp16)
+
+
 def start(
     stage: int, *, precision: str = "fp16", scale: float = 256.0, window: int = 1000
 ) -> ZeroEngine:
     torch.manual_seed(0)
     tree = {"precision": precision, "zero": {"config": f"ds_configs/zero{stage}.json"}}
-    engine = ZeroEngine(Small(), from_tree(tree | {"optim": {"lr": 0.01}}), accumulation=2)
+    config = from_tree(tree | {"optim": {"lr": 0.01}})
+    with pytest.MonkeyPatch.context() as patch:
+        if precision == "fp16":
+            change_fp16(patch, loss_scale_window=window)
+        engine = ZeroEngine(Small(), config, accumulation=2)
     _started.append(engine)
-    if engine._loss_scale:
-        engine._loss_scale._window = window
+    if precision == "fp16":
         engine.loss_scaling = engine.loss_scaling | {"cur_scale": scale}
     return engine
 
@@ -176,9 +186,7 @@ def test_a_run_in_fp16_and_its_resume(
     """The whole way: overflows from the first scale on are counted, and a run that goes on from a
     checkpoint in the middle ends with the bits and the scales of one that never stopped.
     """
-    settings_of = zero._settings_of_recipe
-    higher = {"fp16": {"enabled": True, "initial_scale_power": 20}}  # so small a model needs it
-    monkeypatch.setattr(zero, "_settings_of_recipe", lambda *args: settings_of(*args) | higher)
+    change_fp16(monkeypatch, initial_scale_power=20)  # so small a model needs it
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     words = ["train", str(small_run / "recipe.yaml"), "precision=fp16", "evaluate.every_steps=0"]
     words += ["schedule.total_steps=8", "checkpoint.every_steps=4"]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from longpretrain.engine import forensics
 from longpretrain.engine.nonfinite import Trace, count
 from longpretrain.engine.zero import StepResult, ZeroEngine
 from longpretrain.recipe import from_tree
@@ -173,10 +174,54 @@ def test_a_gradient_may_overflow_where_the_loss_does_not(precision: str, stage: 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize(("precision", "stage"), [p for p in PAIRS if p[0] != "fp16"])
+@pytest.mark.parametrize(("size", "what"), [(2e38, "sum"), (1e30, "norm")])
+def test_a_sum_may_overflow_where_its_parts_do_not(
+    precision: str, stage: str, size: float, what: str
+) -> None:
+    """The gradient of a product is the other factor: two of 2e38 are too large for fp32, and so is
+    the square of 1e30.
+    """
+    tree = {"precision": precision, "zero": {"config": f"ds_configs/{stage}.json"}}
+    model = nn.Sequential(nn.Linear(8, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.fill_(1e-3)
+    _started.append(ZeroEngine(model, from_tree(tree), accumulation=2))
+    x = torch.full((1, 8), size).to(next(model.parameters()).dtype)
+    with Trace(_started[-1]) as trace:
+        for number in range(2):
+            trace.start(1)
+            loss = _started[-1](x).float().sum()
+            trace.end(loss)
+            _started[-1].backward(loss)
+            if number == 0:
+                _started[-1].micro_step()
+        trace.read_tables()
+        result = _started[-1].step()
+    assert [seen.is_finite for seen in trace.micro_batches] == [True, True]
+    [row] = trace.gradients
+    assert (row["inf"], row["nan"]) == ((8, 0) if what == "sum" else (0, 0))
+    # At stage 3 DeepSpeed adds the squares up in fp64.
+    assert result.applied == (what == "norm" and stage == "zero3")
+    seen = {"finite": True}
+    told = forensics._what(
+        {
+            "ranks": [{"rank": 0, "micro_batches": [seen, seen]}],
+            "gradients_not_finite": forensics._bad(trace.gradients),
+            "largest_gradients": forensics._largest(trace.gradients),
+        }
+    )
+    if what == "sum":
+        assert told == "gradient not finite once summed over micro-batches and ranks: 0.weight"
+    else:
+        assert told.startswith("norm of the gradient not finite, though each of its numbers is; ")
+        assert told.endswith("the largest, 2e+30, is in 0.weight")
+
+
 @pytest.mark.parametrize("stage", ["zero1", "zero3"])
-def test_recomputed_modules_are_not_told_twice(stage: str) -> None:
-    """Activation checkpointing runs a layer again in the backward pass, of the micro-batch before
-    the next one: that is not its forward pass.
+def test_layers_may_be_recomputed(stage: str) -> None:
+    """Activation checkpointing compares what a layer keeps for its backward pass, hooks included,
+    with what it kept the first time.
     """
     engine = start("fp32", stage, huge="layers.0.inner.weight", recompute=True)
     with Trace(engine) as trace:

@@ -13,7 +13,7 @@ import torch
 from ranks_helper import drive
 from safetensors.torch import load_file
 
-from longpretrain.report.metrics import read_metrics
+from longpretrain.report.metrics import deterministic, read_metrics
 
 STEPS = 8
 WHOLE = "whole"
@@ -108,19 +108,27 @@ def test_another_corpus_is_refused(runs: Path, small_run: Path, tmp_path: Path) 
     assert "corpus of the run: got data.train with fingerprint" in finished.output
 
 
-def test_altered_checkpoint_is_refused(runs: Path, small_run: Path, tmp_path: Path) -> None:
+def test_altered_checkpoint_is_skipped(runs: Path, small_run: Path, tmp_path: Path) -> None:
+    """Rank 1 finds it, both go on from the one before, and end where the whole one would."""
     import shutil
 
     copy = tmp_path / "altered"
     shutil.copytree(runs / WHOLE, copy)
     folder = copy / "checkpoints" / f"step-{STEPS:06d}"
-    weights = next(folder.glob("optimizer-*.safetensors"))
+    of_rank_1 = sorted(json.loads((folder / "state.json").read_text())["files"])[1::2]
+    weights = folder / next(name for name in of_rank_1 if name.endswith(".safetensors"))
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    recipe = (copy / "config.yaml").read_text().replace(f"total_steps: {STEPS}", "total_steps: 9")
-    (copy / "config.yaml").write_text(recipe)
-    command = train(tmp_path, small_run / "recipe.yaml", "altered", "schedule.total_steps=9")
-    finished = drive(tmp_path / "drive", 1, [command])
-    assert finished.exit_codes == [2]
-    assert f"checkpoint file {weights}: got sha256" in finished.output
+    command = train(tmp_path, small_run / "recipe.yaml", "altered")
+    finished = drive(tmp_path / "drive", 2, [command])
+    assert finished.exit_codes == [0]
+    told = f"checkpoint {folder.name} is damaged, {weights.name}: sha256"
+    assert told in finished.output
+    assert "(rank 1): skipped" in finished.output
+    assert "step 6: going on from step-000006" in finished.output
+    found, wanted = tensors(copy), tensors(runs / WHOLE)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    lines = [read_metrics(run / "metrics.jsonl") for run in (copy, runs / WHOLE)]
+    assert deterministic(lines[0]) == deterministic(lines[1])

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from ranks_helper import ROOT, rank_environment
+from watched import sentinels, until
 
 from longpretrain.config import WatchdogConfig
 from longpretrain.engine.watchdog import patience
@@ -255,21 +256,7 @@ def test_a_run_of_one_that_failed_is_not_watched_any_more(
 
 def test_no_sentinel_outlives_its_rank_for_long(scenes: dict[str, Future[Played]]) -> None:
     ranks = {pid for scene in scenes.values() for pid in scene.result().pids}
-    deadline = time.monotonic() + 20
-    while (left := sentinels(ranks)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left
-
-
-def sentinels(ranks: set[int]) -> list[int]:
-    """Processes that watch over one of these."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            words = (folder / "cmdline").read_text(encoding="utf-8").split("\0")
-            if "longpretrain.engine.sentinel" in words[4] and json.loads(words[5])["pid"] in ranks:
-                found.append(int(folder.name))
-    return found
+    until(lambda: not ranks & {facts["pid"] for _, facts in sentinels()}, "sentinels are left")
 
 
 def test_the_collectives_own_timeout_is_the_longer_one() -> None:

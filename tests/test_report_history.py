@@ -60,6 +60,16 @@ def test_attempts_tell_why_what_changed_and_what_was_lost() -> None:
     assert resumes(events) == [RESUMED, AGAIN]
 
 
+def test_what_the_run_itself_says_of_changes_is_not_said_twice() -> None:
+    told = event(4, "other than before: ...", changed="world size 2 -> 1, log.every_steps 5 -> 9")
+    rows = cells(attempts_html([STARTED, RESUMED, told, AGAIN]))
+    assert [row[6] for row in rows] == [
+        "",
+        "world size 2 -&gt; 1, log.every_steps 5 -&gt; 9; code a -&gt; bbbbbbbbbbbb...",
+        "",
+    ]
+
+
 def test_a_start_without_a_checkpoint_is_a_restart_too() -> None:
     lost = event(0, "3 updates after step 0", lost_steps=3, lost_s=1.0)
     events = [STARTED, lost, STARTED | {"after": "failed: rank 0: OSError"}]
@@ -118,7 +128,7 @@ def test_checkpoints_that_failed_stand_out() -> None:
     ]
     html = checkpoints_html([train(step) for step in range(1, 11)], events)
     assert "2 written, 4.0 s each (median)" in html
-    assert "training waited 0s for them in all (10.0% of the time in training steps)" in html
+    assert "training waited 0.5 s for them in all (10.0% of the time in training steps)" in html
     assert "1 could NOT be written" in html
     assert [row[2:] for row in cells(html)] == [
         ["3.25", "0.125", ""], ["", "", "NOT written: no space left on device"],

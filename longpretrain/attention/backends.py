@@ -12,6 +12,7 @@ import logging
 import torch
 from torch import Tensor
 
+from longpretrain.attention.constant import constant_when_compiled
 from longpretrain.attention.library import kernel_facts, why_no_library, why_not_on_gpu
 from longpretrain.errors import InputError
 
@@ -115,7 +116,7 @@ def _why_not_on(device: torch.device) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def _why_not_on_gpu(index: int | None) -> str | None:
     """Only that a GPU can run the kernels is remembered: what keeps it from it may pass, such as
     another process that has its memory.
@@ -134,12 +135,12 @@ def _why_not_on_gpu(index: int | None) -> str | None:
     return found or None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def _largest_head_size() -> int:
     return int(kernel_facts()["largest head size"])
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def _cuda_head_sizes(device: str) -> tuple[int, ...]:
     """Nothing where the CPU's kernels run."""
     facts = kernel_facts()
@@ -149,7 +150,7 @@ def _cuda_head_sizes(device: str) -> tuple[int, ...]:
     return ()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def _announce(reason: str) -> None:
     _announce_once(reason)
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longpretrain.attention.constant import constant_when_compiled
 from longpretrain.attention.gradient import differentiable, differentiate, keep_for_backward
 from longpretrain.attention.memory import telling_of_memory
 from longpretrain.errors import InputError
@@ -62,7 +63,7 @@ def _facts() -> Mapping[str, str]:
     return {name: value for name, _, value in (line.partition(": ") for line in lines)}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def why_no_library() -> str | None:
     """Loads the compiled library on the first call; the reason, in words, if there is none.
 

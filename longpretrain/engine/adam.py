@@ -27,7 +27,7 @@ def make_adam(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, fused=on_gpu or None, **options)  # type: ignore[arg-type]
 
 
-def check_kernels(config: Config, device_type: str) -> None:
+def check_apex(config: Config, device_type: str) -> None:
     """Refuses kernels that cannot run here.
 
     Raises:

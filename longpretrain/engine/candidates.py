@@ -80,25 +80,22 @@ def _order(run_dir: Path) -> _Order:
     """Which checkpoints to try. ``latest`` may have been pointed back on purpose: what is newer
     than it is not tried.
     """
-    pointer = pointed_at(run_dir)
-    found = [(step, path) for step, path in reversed(checkpoint.folders(run_dir))]
+    pointer, named = pointed_at(run_dir), checkpoint.latest(run_dir)
+    found = list(reversed(checkpoint.folders(run_dir)))
     place = run_dir / "checkpoints" / LATEST
-    named = place.parent / (pointer if "/" not in pointer else "")
-    step = step_of(named)
-    if step is None and (copy := checkpoint.latest(run_dir)):  # under a name of somebody's own
-        return _Order(pointer=pointer, folders=(copy, *(path for _, path in found)))
-    if step is not None:
-        older = [path for number, path in found if number <= step and path != named]
-        newer = [path for number, path in found if number > step]
+    if named:
+        step = step_of(named)  # None: a copy, under a name of somebody's own
+        older = [path for number, path in found if path != named and number <= (step or number)]
+        newer = [path for number, path in found if step is not None and number > step]
         return _Order(pointer=pointer, folders=(named, *older), newer=tuple(newer))
+    if not found and place.exists():
+        return _Order(pointer=pointer, folders=(place.parent / (pointer[:40] or LATEST),))
     note = ""
     if found:
-        got = f"says {pointer[:40]!r}, which is no checkpoint's name"
+        got = f"names {pointer[:40]!r}, which is not there" if pointer else "is empty"
         if not place.is_file():
             got = "is no file" if place.exists() else "is missing"
         note = f"{place} {got}: the newest whole checkpoint is taken"
-    elif place.exists():
-        return _Order(pointer=pointer, folders=(place,))
     return _Order(pointer=pointer, folders=tuple(path for _, path in found), note=note)
 
 

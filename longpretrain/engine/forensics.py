@@ -137,17 +137,21 @@ class Forensics:
         self._last = path
         return again
 
-    def give_up(self, in_a_row: int, step: int) -> NoReturn:
-        """Ends a run that has skipped so many updates; it can go on from its last checkpoint.
+    def give_up(self, in_a_row: int, step: int, saved_step: int) -> NoReturn:
+        """Ends a run that has skipped so many updates; it can go on from its last checkpoint, that
+        of ``saved_step``. 0: it has none.
 
         Raises:
             FloatingPointError: always.
         """
+        kept, older = "there is no checkpoint yet", ""
+        if saved_step:
+            kept = f"the checkpoint of step {saved_step} holds those of before"
+            older = " from an older checkpoint"
         raise FloatingPointError(
             f"loss or gradient: got {in_a_row} updates in a row that are not finite, to step "
-            f"{step}; wanted finite ones. None reached the weights, and the last checkpoint holds "
-            f"those of before. See {self._last}: mend the cause, or lower optim.lr or set "
-            "optim.clip_norm and begin a new run from an older checkpoint."
+            f"{step}; wanted finite ones. None reached the weights, and {kept}. See {self._last}: "
+            f"mend the cause, or lower optim.lr or set optim.clip_norm and begin a new run{older}."
         )
 
     def _is_ordinary(self, attempted: Attempted, in_a_row: int) -> bool:
@@ -264,8 +268,7 @@ def _what(dump: Report) -> str:
     pairs = [(of, n, m) for of in dump["ranks"] for n, m in enumerate(of["micro_batches"], 1)]
     bad = [(of["rank"], number, found) for of, number, found in pairs if not found["finite"]]
     if not bad:
-        names = ", ".join(row["name"] for row in dump["gradients_not_finite"][:3])
-        return f"gradient not finite once summed over micro-batches and ranks ({names})"
+        return _what_of_sums(dump)
     rank, number, found = bad[0]
     kind = "gradient" if math.isfinite(found["loss"]) else "loss"
     samples = [str(row["sample"]) for row in found["samples"] if not row["finite"]]
@@ -279,6 +282,19 @@ def _what(dump: Report) -> str:
         more = len(dump["weights_not_finite"]) - 1
         text += f" and {more} more" * bool(more)
     return text
+
+
+def _what_of_sums(dump: Report) -> str:
+    """Every micro-batch was finite; their sum or its norm is not."""
+    names = [row["name"] for row in dump["gradients_not_finite"]]
+    if names:
+        more = f" and {len(names) - 1} more" * (len(names) > 1)
+        return f"gradient not finite once summed over micro-batches and ranks: {names[0]}{more}"
+    largest = "".join(
+        f"; the largest, {row['largest']:.3g}, is in {row['name']}"
+        for row in dump["largest_gradients"][:1]
+    )
+    return f"norm of the gradient not finite, though each of its numbers is{largest}"
 
 
 def _place(found: Report) -> str:

@@ -5,7 +5,6 @@ verdict to all.
 from __future__ import annotations
 
 import contextlib
-import json
 import select
 import socket
 import threading
@@ -13,10 +12,9 @@ import time
 from pathlib import Path
 
 from longpretrain.engine.lines import Lines, Message
-from longpretrain.engine.names import STATUS, pointed_at, read_status, step_of
+from longpretrain.engine.names import pointed_at, read_status, step_of, write_status
 from longpretrain.engine.verdict import Judge
 from longpretrain.errors import InputError
-from longpretrain.files import write_atomically
 
 _POLL_S = 0.1
 _FAREWELL_S = 5.0
@@ -179,5 +177,4 @@ def write_failed(run: Message, reason: str) -> None:
             return
         kept = step_of(run_dir / pointed_at(run_dir))
         step = last.get("step", 0) if kept is None else kept
-        told = {"state": "failed", "reason": reason, "step": step, "time": round(time.time(), 3)}
-        write_atomically(run_dir / STATUS, json.dumps({**last, **told}, indent=1) + "\n")
+        write_status(run_dir, "failed", reason=reason, step=step)

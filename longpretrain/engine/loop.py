@@ -193,7 +193,7 @@ def train(
             saver.advance(update.saver_flags)
             if progress.skipped_in_a_row >= config.optim.max_skipped:
                 saver.finish()
-                forensics.give_up(progress.skipped_in_a_row, step)
+                forensics.give_up(progress.skipped_in_a_row, step, saver.saved_step)
             if evaluate and _is_due(step, config.evaluate.every_steps, total):
                 mark(f"step {step}: evaluation")
                 _log_evaluation(metrics, step, evaluate, engine, mark)

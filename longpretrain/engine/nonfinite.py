@@ -59,7 +59,6 @@ class Trace:
         self.weights: list[Found] = []
         self._engine = engine
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._is_forward = False
 
     def __enter__(self) -> Self:
         for name, module in self._engine.module.named_modules():
@@ -84,12 +83,10 @@ class Trace:
     def start(self, sequences: int) -> None:
         """A forward pass over so many sequences begins."""
         self.micro_batches.append(MicroBatch(sequences=sequences))
-        self._is_forward = True
 
     def end(self, loss: Tensor) -> None:
-        """It ended. Modules that run again in the backward pass are the same ones recomputed."""
+        """It ended."""
         self.micro_batches[-1].loss = float(loss.detach())
-        self._is_forward = False
 
     def read_tables(self) -> None:
         """Looks at all weights, and at all gradients as the step will see them. Collective."""
@@ -105,8 +102,6 @@ class Trace:
         keywords: dict[str, Any],
         output: Any,
     ) -> None:
-        if not self._is_forward:
-            return
         now = self.micro_batches[-1]
         for tensor in _tensors(output):
             if tensor.requires_grad:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import select
 import signal
+import threading
+import time
 from pathlib import Path
 
 _STATE, _PARENT, _EXIT_STATUS = 0, 1, 49
 """Of /proc/PID/stat, counted from the state on."""
+_LOOK_S = 0.05
 
 
 class Watched:
@@ -27,10 +31,7 @@ class Watched:
     def __init__(self, pid: int, *, is_parent: bool = False) -> None:
         self.pid = pid
         self._stopped_since: float | None = None
-        if is_parent:
-            self.handle = _parent_handle(pid)
-        else:
-            self.handle = os.pidfd_open(pid)
+        self.handle = _parent_handle(pid) if is_parent else _handle(pid)
         """Readable from the process's end on. An epoll over several gives the order of ends."""
 
     @property
@@ -60,7 +61,7 @@ class Watched:
         """
         fields = _fields(self.pid)
         launcher = _fields(int(fields[_PARENT])) if fields else None
-        is_paused = bool(launcher) and launcher is not None and launcher[_STATE] in "Tt"
+        is_paused = launcher is not None and launcher[_STATE] in "Tt"
         if not fields or fields[_STATE] not in "Tt" or is_paused:
             self._stopped_since = None
             return 0.0
@@ -76,13 +77,38 @@ class Watched:
 def _parent_handle(pid: int) -> int:
     """A descriptor that is readable once the parent has ended, which it may have done before."""
     with contextlib.suppress(ProcessLookupError):
-        handle = os.pidfd_open(pid)
+        handle = _handle(pid)
         if os.getppid() == pid:
             return handle
         os.close(handle)  # the number is another's by now
     reader, writer = os.pipe()
     os.close(writer)
     return reader
+
+
+def _handle(pid: int) -> int:
+    """A descriptor that is readable once the process has ended."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:  # Linux before 5.3
+            raise
+    if not _runs(pid):
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+    reader, writer = os.pipe()
+
+    def look() -> None:
+        while _runs(pid):
+            time.sleep(_LOOK_S)
+        os.close(writer)
+
+    threading.Thread(target=look, daemon=True).start()
+    return reader
+
+
+def _runs(pid: int) -> bool:
+    fields = _fields(pid)
+    return fields is not None and fields[_STATE] != "Z"
 
 
 def in_words(status: int | None) -> str:

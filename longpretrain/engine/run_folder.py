@@ -5,27 +5,32 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch.distributed as dist
 import yaml
 
 from longpretrain.config import Config, differences, to_tree
 from longpretrain.engine import checkpoint
-from longpretrain.engine.names import ATTEMPTS, CONFIG, LOCK, STATUS, pointed_at, read_status
+from longpretrain.engine.names import (
+    ATTEMPTS,
+    CONFIG,
+    LOCK,
+    STATUS,
+    State,
+    pointed_at,
+    read_status,
+    write_status,
+)
 from longpretrain.errors import InputError
 from longpretrain.files import PROBE, need_writable, write_atomically
 from longpretrain.ranks import Ranks
 from longpretrain.recipe import from_tree
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-State = Literal["running", "done", "preempted", "failed"]
 
 
 def how_it_ended(run_dir: Path) -> str | None:
@@ -36,29 +41,6 @@ def how_it_ended(run_dir: Path) -> str | None:
     if last.get("state") == "running":
         return "ended without a word: killed, or its machine was lost"
     return f"{last['state']}: {last.get('reason')}" if "state" in last else None
-
-
-def write_status(run_dir: Path, state: State, *, reason: str, step: int) -> None:
-    """Says how the run stands. Scripts decide by this file: launchers mangle exit codes."""
-    status = {"state": state, "reason": reason, "step": step, "time": round(time.time(), 3)}
-    text = json.dumps(status, indent=1) + "\n"
-    try:
-        write_atomically(run_dir / STATUS, text)
-    except OSError as error:
-        if error.errno not in _NO_ROOM or not _overwrite(run_dir / STATUS, text.encode()):
-            raise
-
-
-def _overwrite(path: Path, data: bytes) -> bool:
-    """Writes over a file in place: a full disk has no room for a second one beside it."""
-    try:
-        with path.open("r+b") as file:
-            file.write(data)
-            file.truncate()
-            os.fsync(file.fileno())
-    except OSError:
-        return False
-    return True
 
 
 def check_run_dir(config: Config, *, fresh: bool) -> None:

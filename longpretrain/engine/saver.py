@@ -34,6 +34,7 @@ from longpretrain.engine.gather import Share
 from longpretrain.engine.task import Task
 from longpretrain.engine.tensor_file import write_tensors
 from longpretrain.engine.zero import ZeroEngine
+from longpretrain.files import told_as
 from longpretrain.report.metrics import MetricsLog
 
 FLAGS = 3
@@ -165,7 +166,6 @@ class Saver:
             self._metrics.say(
                 f"step {step}: waited {waited_s:.1f} s until {name} was written, before the next"
             )
-        self._metrics.sync()  # a resumed run goes on from the lines up to this step
         began = time.monotonic()
         self._is_time = False
         self._tried_step, self._tried_at = step, began
@@ -233,7 +233,8 @@ class Saver:
             with contextlib.suppress(OSError):  # training comes first where they share processors
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
             try:
-                work(job)
+                with told_as(save.final, save.part):
+                    work(job)
             except Exception as error:  # the main thread tells it
                 job.error = error
 
@@ -268,6 +269,7 @@ class Saver:
     def _complete(self, save: _Save, job: _Job, everyone: Sequence[Written]) -> None:
         """The thread of rank 0: a checkpoint of what all have written."""
         settings = self._config.checkpoint
+        self._metrics.sync()  # a resumed run goes on from the lines up to this step
         complete(save.part, save.final, self._task, everyone, save.state)
         job.problems = retention.remove_old(
             self._config.run_dir,

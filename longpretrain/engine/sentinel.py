@@ -45,6 +45,8 @@ _END_S = 4.0
 """How long a rank may take to end after the verdict before it is killed."""
 _OWN_ERROR_S = 15.0
 """The same for a rank that tells an error of its own."""
+_PRINT_S = 1.5
+"""How long that of rank 0 keeps the rank's standard error to print the verdict in its place."""
 _WRITE_AFTER_S = 1.0
 """The hub writes status.json; if it did not by then, the others do."""
 
@@ -144,6 +146,7 @@ class Sentinel:
                 pass
             self._beat(time.monotonic())
             self._has_ended = True
+            self._let_go(_PRINT_S if rank == 0 else 0.0)
             if self._until is None:  # no longer than it takes to hear the verdict
                 self._until = time.monotonic() + self._facts["dead_after_s"]
         else:
@@ -257,10 +260,11 @@ class Sentinel:
         is_stopped = self._own.stopped_s(time.monotonic()) > 0
 
         def write_and_kill() -> None:
+            if is_stopped:  # it cannot end by itself
+                self._own.kill()
             time.sleep(later)
             write_failed(self._run, verdict)
-            # One that is stopped cannot end by itself.
-            if not self._own.ends_within(0.0 if is_stopped else patience_s - later):
+            if not self._own.ends_within(patience_s - later):
                 self._own.kill()
             self._is_through = True
 
@@ -270,6 +274,17 @@ class Sentinel:
         """In place of a rank that cannot any more."""
         with contextlib.suppress(OSError):
             os.write(2, f"longpretrain train: {verdict}\n".encode())
+
+    def _let_go(self, after_s: float) -> None:
+        """Closes what the rank printed to: a launcher may wait for the end of it."""
+
+        def close() -> None:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, 2)
+
+        waiting = threading.Timer(after_s, close)
+        waiting.daemon = True
+        waiting.start()
 
     def _dump(self) -> None:
         """Has the rank write the stacks of its threads, and keeps them where people look."""

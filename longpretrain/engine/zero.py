@@ -33,7 +33,8 @@ from longpretrain.config import Config
 from longpretrain.engine.adam import make_adam
 from longpretrain.engine.loss_scale import LossScale
 from longpretrain.engine.meeting import meet
-from longpretrain.engine.zero_config import read_zero_config
+from longpretrain.engine.uncompiled import uncompiled
+from longpretrain.engine.zero_config import read_zero_config, settings_of_recipe
 from longpretrain.errors import InputError
 from longpretrain.ranks import Ranks, free_port, publish
 
@@ -102,10 +103,10 @@ class ZeroEngine:
         self.stage: int = settings["zero_optimization"]["stage"]
         self._clip_norm = config.optim.clip_norm
         self._adam = make_adam(model, config)
-        settings |= _settings_of_recipe(config, accumulation)
+        settings |= settings_of_recipe(config, accumulation)
         deepspeed = _deepspeed()
         # Its BF16 optimizer prints eight lines of memory figures; refusals come as exceptions.
-        with _hidden("fairseq"), contextlib.redirect_stdout(io.StringIO()):
+        with _hidden("fairseq"), uncompiled(), contextlib.redirect_stdout(io.StringIO()):
             self._engine, _, _, _ = deepspeed.initialize(
                 model=model, optimizer=self._adam, config=settings
             )
@@ -320,27 +321,6 @@ class ZeroEngine:
             }
         if self.stage in (1, 2):
             zero._lazy_init_hp_params_optimizer_state()
-
-
-def _settings_of_recipe(config: Config, accumulation: int) -> dict[str, Any]:
-    """The recipe's numbers under DeepSpeed's names."""
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optim.clip_norm,
-        "steps_per_print": 2**31,
-        # A client optimizer of torch's: its bits are the same after a resume, DeepSpeed's own are
-        # not.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    if config.precision == "bf16":
-        settings["bf16"] = {"enabled": True}
-    elif config.precision == "fp16":
-        settings["fp16"] = {"enabled": True}
-    if config.precision != "fp32":
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    return settings
 
 
 def _whole_shape(parameter: nn.Parameter) -> torch.Size:

@@ -1,4 +1,7 @@
-"""Files of ds_configs/: read, and kept to what DeepSpeed alone owns; what cannot run is refused."""
+"""What DeepSpeed is told: files of ds_configs/, kept to what it alone owns, and the recipe's part.
+
+What cannot run is refused.
+"""
 
 from __future__ import annotations
 
@@ -75,6 +78,27 @@ def read_zero_config(name: str) -> dict[str, Any]:
                 way_out=f"Remove it there and set {OWNED_BY_RECIPE[key]} in the recipe.",
             )
     return dict(settings)
+
+
+def settings_of_recipe(config: Config, accumulation: int) -> dict[str, Any]:
+    """The recipe's numbers under DeepSpeed's names."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.clip_norm,
+        "steps_per_print": 2**31,
+        # A client optimizer of torch's: its bits are the same after a resume, DeepSpeed's own are
+        # not.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if config.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+    elif config.precision == "fp16":
+        settings["fp16"] = {"enabled": True}
+    if config.precision != "fp32":
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
 
 
 def check_precision(config: Config, device: torch.device) -> None:

@@ -20,6 +20,7 @@ from longpretrain.errors import InputError
 from longpretrain.files import fresh_folder, read_json_object
 from longpretrain.model.encoder import ModelConfig
 from longpretrain.model.lm_head import LongformerForMaskedLM
+from longpretrain.model.skeleton import without_values
 from longpretrain.model.weights import (
     INDEX_NAME,
     SHARD_BYTES,
@@ -150,7 +151,7 @@ def load_model(
     """
     config = changed(read_config(folder), changes)
     state = read_weights(folder, config)
-    with torch.device("meta"):
+    with without_values():
         model = LongformerForMaskedLM(config, activation_checkpointing=activation_checkpointing)
     # Copies: a mapped file may be replaced while the model lives.
     own = {name: t.to(torch.float32, copy=True).contiguous() for name, t in state.items()}

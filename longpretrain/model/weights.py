@@ -23,6 +23,7 @@ from longpretrain.errors import InputError
 from longpretrain.files import read_json_object, save_tensors
 from longpretrain.model.encoder import ModelConfig
 from longpretrain.model.lm_head import LongformerForMaskedLM
+from longpretrain.model.skeleton import without_values
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -159,7 +160,7 @@ def only_globals(allowed: Sequence[tuple[Callable[..., Any], str]] = ()) -> Iter
 
 
 def _skeleton(config: ModelConfig) -> LongformerForMaskedLM:
-    with torch.device("meta"):
+    with without_values():
         return LongformerForMaskedLM(config)
 
 

@@ -18,8 +18,10 @@ from longpretrain.report.plots import Curve, describe, plot_svg
 
 Line = dict[str, Any]
 _WIDE = (10.6, 3.0)
-_SETUP = ("world_size", "accumulation", "launcher", "device", "precision", "zero", "versions")
-"""Fields of the event that begins an attempt; the page says which of them changed."""
+_PLACE = ("launcher", "device", "versions", "kernels")
+_SETTINGS = ("world_size", "accumulation", "precision", "zero")
+"""Fields of the event that begins an attempt; the page says which of them changed. What is set is
+also compared with the checkpoint, whole, by an event with the field ``changed``."""
 _MOST_RANKS = 8
 
 
@@ -50,16 +52,18 @@ def attempts_html(events: Sequence[Line]) -> str:
     rows: list[list[str]] = []
     lost, lost_s = 0, 0.0
     before: Line = {}
-    for line in events:
+    for number, line in enumerate(events):
         lost += line.get("lost_steps", 0)
         lost_s += line.get("lost_s", 0.0)
         if not any(line is start for start in begun):
             continue
         again = f"{lost:,} ({duration_text(lost_s)})" if lost else "none" if before else ""
         ended = str(line.get("after") or ("" if not before else "not known"))
+        later = itertools.takewhile(lambda e: not any(e is s for s in begun), events[number + 1 :])
+        told = next((str(event["changed"]) for event in later if "changed" in event), "")
         rows.append(
             [str(len(rows) + 1), clock(line.get("time")), f"{line['step']:,}",
-             str(line.get("world_size", "")), again, ended, _changes(before, line)]
+             str(line.get("world_size", "")), again, ended, _changes(before, line, told)]
         )  # fmt: skip
         lost, lost_s, before = 0, 0.0, line
     heads = ["attempt", "began", "after step", "ranks", "updates done again",
@@ -73,10 +77,10 @@ def attempts_html(events: Sequence[Line]) -> str:
     )
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What is otherwise than in the attempt before, as far as both events tell."""
-    found = []
-    for name in _SETUP:
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], told: str) -> str:
+    """What is otherwise than in the attempt before, as far as the events tell."""
+    found = [told] if told else []
+    for name in _PLACE if told else _SETTINGS + _PLACE:
         old, new = before.get(name), now.get(name)
         if old is None or new is None:
             continue
@@ -139,7 +143,7 @@ def checkpoints_html(train: Sequence[Line], events: Sequence[Line]) -> str:
     waits = [line["waited_s"] for line in written if line.get("waited_s") is not None]
     trained_s = sum(line.get("step_s", 0.0) for line in train)
     if waits and trained_s:
-        said += f"; training waited {duration_text(sum(waits))} for them in all"
+        said += f"; training waited {_span(sum(waits))} for them in all"
         said += f" ({sum(waits) / trained_s:.1%} of the time in training steps)"
     if failed:
         said += f"; {len(failed):,} could NOT be written"
@@ -174,10 +178,10 @@ def ranks_html(train: Sequence[Line], marks: Sequence[float]) -> str:
     share = f" ({lost_s / total_s:.1%} of the time in training steps)" if total_s else ""
     return (
         f"<h2>Slowest rank</h2>\n<p>A rank's own time in an update: its wait for data and its"
-        f" forward passes. The slowest was {duration_text(lost_s)} behind the median in"
+        f" forward passes. The slowest was {_span(lost_s)} behind the median in"
         f" all{share}.</p>\n"
-        f'<figure class="below"><figcaption><b>Own time</b> in each update</figcaption>{svg}'
-        f"</figure>\n{table_html(heads, rows)}"
+        f'{table_html(heads, rows)}\n<figure class="below"><figcaption><b>Own time</b> in each'
+        f" update</figcaption>{svg}</figure>"
     )
 
 
@@ -186,6 +190,10 @@ def clock(seconds: object) -> str:
     if not isinstance(seconds, int | float):
         return ""
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 10 else duration_text(seconds)
 
 
 def _seconds(value: object) -> str:

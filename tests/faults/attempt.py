@@ -144,31 +144,23 @@ def until(is_so: Callable[[], object], timeout_s: float, pause_s: float = 0.01) 
 
 def is_alive(number: int) -> bool:
     """Whether a process runs; one that ended and was not waited for does not."""
-    try:
-        text = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return text.rpartition(")")[2].split()[0] not in ("Z", "X")
+    text = _of_proc(number, "stat").decode(errors="replace").rpartition(")")[2].split()
+    return bool(text) and text[0] not in ("Z", "X")
 
 
 def _of_sessions(sessions: set[int]) -> set[int]:
     found = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, IndexError):
-            text = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-            if int(text[3]) in sessions and text[0] not in ("Z", "X"):
-                found.add(int(path.parent.name))
+    for number in _all():
+        text = _of_proc(number, "stat").decode(errors="replace").rpartition(")")[2].split()
+        if text and int(text[3]) in sessions and text[0] not in ("Z", "X"):
+            found.add(number)
     return found
 
 
 def _of_run(run_dir: Path) -> set[int]:
     """Processes that have the run folder in their command line."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if f"run.dir={run_dir}".encode() in path.read_bytes().split(b"\0"):
-                found.add(int(path.parent.name))
-    return found
+    word = f"run.dir={run_dir}".encode()
+    return {number for number in _all() if word in _of_proc(number, "cmdline").split(b"\0")}
 
 
 def _watchers(ranks: set[int]) -> set[int]:
@@ -176,17 +168,25 @@ def _watchers(ranks: set[int]) -> set[int]:
     process in their command line.
     """
     wanted = [f'"pid": {number}, "dead_after_s"'.encode() for number in ranks]
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            text = path.read_bytes()
-            if any(words in text for words in wanted) and is_alive(int(path.parent.name)):
-                found.add(int(path.parent.name))
-    return found
+    return {
+        number
+        for number in _all()
+        if any(words in _of_proc(number, "cmdline") for words in wanted) and is_alive(number)
+    }
 
 
 def _environment_of(number: int) -> dict[str, str]:
-    with contextlib.suppress(OSError):
-        text = Path(f"/proc/{number}/environ").read_bytes().decode(errors="replace")
-        return dict(word.split("=", 1) for word in text.split("\0") if "=" in word)
-    return {}
+    words = _of_proc(number, "environ").decode(errors="replace").split("\0")
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def _all() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]  # noqa: PTH208
+
+
+def _of_proc(number: int, name: str) -> bytes:
+    """What the system tells of a process; nothing if it is gone."""
+    try:
+        return Path(f"/proc/{number}/{name}").read_bytes()
+    except OSError:
+        return b""

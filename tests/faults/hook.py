@@ -9,16 +9,20 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
+HIT = "disk fault"
+"""What a rank says when it refuses a step."""
 STEPS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link"}
 
 
 def install(fault: Mapping[str, Any]) -> None:
     """Counts the changes below a folder whose path holds ``within``; acts at number ``at``.
 
-    ``errors`` is how many calls from there on fail, with ``errno``; 0 kills the process instead.
+    ``errors`` is how many calls from there on fail, with ``errno``; 0 kills the process instead,
+    and -1 makes the call, and each after it, wait for ever.
     """
     seen = 0
 
@@ -29,6 +33,10 @@ def install(fault: Mapping[str, Any]) -> None:
         if seen >= fault["at"]:
             if not fault["errors"]:
                 os.kill(os.getpid(), signal.SIGKILL)
+            while fault["errors"] < 0:
+                time.sleep(3600)
+            if seen == fault["at"]:
+                os.write(2, f"{HIT}: {event} {_path(values)}\n".encode())
             if seen < fault["at"] + fault["errors"]:
                 seen += 1
                 raise OSError(fault["errno"], os.strerror(fault["errno"]), _path(values))

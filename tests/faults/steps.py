@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from faults import whole
 from faults.attempt import Attempt
+from faults.hook import HIT
 from faults.kills import went_on_from
 from faults.nursery import Nursery
 from faults.table import Row
@@ -58,6 +57,37 @@ class Steps:
                 if not problems:
                     shutil.rmtree(run_dir.parent)
         return row
+
+    def refusals(self, *, at: list[int] | None = None) -> Row:
+        """The system refuses three changes of the disk in a row, from the n-th of a rank on."""
+        row = Row(
+            section=SECTION,
+            fault="refused with ENOSPC or EIO, three in a row from the step on",
+            wanted="training goes on, to the same bits",
+        )
+        for rank in (1, 0):
+            for number in at or range(MOST):
+                error = (errno.ENOSPC, errno.EIO)[number % 2]
+                fault = {"within": "/checkpoints/", "at": number, "errors": 3, "errno": error}
+                run_dir = self._begin(f"refuse-{rank}-{number}")
+                with self._attempt(run_dir, fault={rank: fault}) as attempt:
+                    ended, codes, said = attempt.wait(), attempt.codes(), attempt.said()
+                problems = self._as_if_nothing(run_dir, ended, codes, said)
+                row.count([f"rank {rank}, step {number}: {text}" for text in problems])
+                row.lost += len(problems)
+                if not problems:
+                    shutil.rmtree(run_dir.parent)
+                if HIT not in said:
+                    break  # there were no more steps
+        return row
+
+    def _as_if_nothing(
+        self, run_dir: Path, ended: bool, codes: list[int | None], said: str
+    ) -> list[str]:
+        if not ended or codes != [0, 0]:
+            return [f"ended with {codes}: {said[-800:]}"]
+        problems = [f"not the same: {t}" for t in whole.not_the_same(run_dir, self._reference)]
+        return problems + [f"left over: {path.name}" for path in whole.half_written(run_dir)]
 
     def _goes_on(self, run_dir: Path) -> list[str]:
         before = whole.pointed_at(run_dir)

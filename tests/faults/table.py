@@ -25,10 +25,14 @@ class Row:
     problems: list[str] = field(default_factory=list)
     """Of each try that was not met, with what reproduces it."""
 
+    is_skipped: bool = False
+    """It could not be tried here; a note says why."""
+
     @property
     def ok(self) -> bool:
         """Nothing lost and all met, of at least one try."""
-        return self.met == self.tried > 0 and not self.lost and not self.problems
+        is_met = self.met == self.tried > 0 and not self.lost and not self.problems
+        return is_met or self.is_skipped
 
     def count(self, problems: Sequence[str], *, took_s: float | None = None) -> None:
         """Takes one try in."""
@@ -52,6 +56,7 @@ def markdown(rows: Iterable[Row]) -> str:
         for row in members:
             worst = "" if row.worst_s is None else f"{row.worst_s:.1f} s"
             verdict = "ok" if row.ok else "**NOT MET**"
+            verdict = "not tried" if row.is_skipped else verdict
             lines.append(
                 f"| {row.fault} | {row.wanted} | {row.tried} | {row.met} | {row.lost} | {worst} "
                 f"| {verdict} |"

@@ -1,0 +1,421 @@
+"""Saves while training goes on, one rank and a small model: what is saved is what there was when
+the save began; a full disk, or a disk that gets full, costs no more than the save.
+
+Killed at random moments: tests/faults; at each step on the disk: test_engine_complete.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import resource
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gather_driver
+import pytest
+import torch
+import yaml
+from checkpoint_files import names
+from safetensors.torch import load_file
+from told import exit_code
+
+from longpretrain.engine import candidates, checkpoint, run_folder, saver
+from longpretrain.engine.saver import Saver
+from longpretrain.engine.zero import ZeroEngine
+from longpretrain.recipe import from_tree
+from longpretrain.report.metrics import MetricsLog, deterministic, read_metrics
+
+pytestmark = pytest.mark.usefixtures("process_group")
+PATIENCE_S = 60
+
+
+class Gate:
+    """A task whose small files take as long as a test wants: a slow disk."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.entered = threading.Event()
+        self.open.set()
+        self.error: Exception | None = None
+
+    stored_names = staticmethod(gather_driver.Names.stored_names)
+
+    def write_model_files(self, folder: Path) -> None:
+        (folder / "config.json").write_text("{}", encoding="utf-8")
+        self.entered.set()
+        assert self.open.wait(PATIENCE_S)
+        if self.error is not None:
+            raise self.error
+
+
+class Run:
+    """An engine, a saver, and steps as the loop makes them."""
+
+    def __init__(self, run_dir: Path, **settings: Any) -> None:
+        tree = {"run": {"dir": str(run_dir)}, "precision": "fp32", "checkpoint": settings}
+        self.run_dir, self.config = run_dir, from_tree(tree)
+        torch.manual_seed(0)
+        self.engine = ZeroEngine(gather_driver.Odd(), self.config, accumulation=1)
+        self.engine.set_learning_rate(0.1)
+        self.task, self.step = Gate(), 0
+        self.metrics = MetricsLog(run_dir, total_steps=100, tensorboard=False)
+        self.marks: list[str] = []
+        self.saver = self.new_saver()
+
+    def new_saver(self) -> Saver:
+        return Saver(
+            self.config, self.engine, self.task, self.metrics,  # type: ignore[arg-type]
+            step=0, mark=self.marks.append,
+        )  # fmt: skip
+
+    def update(self) -> None:
+        self.engine.backward(self.engine(torch.full((2, 7), float(self.step))))
+        assert self.engine.step().applied
+        self.step += 1
+        self.saver.advance(self.saver.flags())
+
+    def state(self) -> dict[str, Any]:
+        counts = {"step": self.step, "samples_done": self.step, "skipped": 0}
+        return {**counts, "updates_applied": self.engine.updates_applied, "task": {}}
+
+    def weights(self) -> dict[str, list[int]]:
+        return gather_driver.bits({n: self.engine.full_state(n) for n in self.engine.trained_names})
+
+    def saved(self, step: int) -> dict[str, list[int]]:
+        folder = self.run_dir / "checkpoints" / f"step-{step:06d}"
+        checkpoint.verify_files(folder)
+        found = load_file(folder / "model.safetensors")
+        return gather_driver.bits({n: found[n] for n in self.engine.trained_names})
+
+    def events(self) -> list[dict[str, Any]]:
+        return [line for line in read_metrics(self.metrics.path) if line["kind"] == "event"]
+
+    def until(self, is_so: Callable[[], object]) -> int:
+        """Updates until something is so; how many that took."""
+        deadline = time.monotonic() + PATIENCE_S
+        for number in itertools.count():
+            if is_so():
+                return number
+            assert time.monotonic() < deadline
+            self.update()
+            time.sleep(0.01)
+        raise AssertionError
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def started(**settings: Any) -> Run:
+        runs.append(Run(tmp_path / str(len(runs)), **settings))
+        return runs[-1]
+
+    yield started
+    for run in runs:
+        run.task.open.set()
+        run.saver.__exit__(None, None, None)
+        run.metrics.close()
+        run.engine._engine.destroy()
+
+
+def test_training_goes_on_and_the_save_is_of_its_beginning(start: Callable[..., Run]) -> None:
+    run = start()
+    run.update()
+    run.task.open.clear()
+    before = run.weights()
+    run.saver.begin(run.state())
+    assert run.until(run.task.entered.is_set) >= 1
+    for _ in range(5):
+        run.update()
+        assert run.saver.flags() == [1.0, 0.0, 0.0]
+        assert run.saver.saved_step == 0
+        assert checkpoint.latest(run.run_dir) is None
+    assert run.weights() != before
+    run.task.open.set()
+    run.until(lambda: run.saver.saved_step)
+    assert run.saver.saved_step == 1
+    assert run.saved(1) == before
+    assert names(run.run_dir) == ["latest", "step-000001"]
+    (event,) = run.events()
+    assert (event["step"], event["checkpoint"]) == (1, "step-000001")
+    assert 0 < event["waited_s"] < event["checkpoint_s"]
+    assert event["event"].startswith("checkpoint step-000001 in ")
+
+
+def test_one_at_a_time_and_a_line_says_who_waited(
+    start: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = start()
+    run.update()
+    run.task.open.clear()
+    run.saver.begin(run.state())
+    run.until(run.task.entered.is_set)
+    at = run.step
+    wanted = run.weights()
+    threading.Timer(0.5, run.task.open.set).start()
+    run.saver.begin(run.state())
+    assert run.saver.saved_step == 1, "the first is there before the second begins"
+    assert any(mark == "step 1: checkpoint" for mark in run.marks)
+    run.saver.finish()
+    assert run.saver.saved_step == at
+    assert run.saved(at) == wanted
+    told = capsys.readouterr().out
+    assert f"step {at}: waited " in told
+    assert "until step-000001 was written, before the next" in told
+    assert run.events()[0]["waited_s"] > 0.3
+
+
+def test_synchronous_is_the_same_but_waited_for(start: Callable[..., Run]) -> None:
+    run = start(asynchronous=False)
+    run.update()
+    run.saver.begin(run.state())
+    assert run.saver.saved_step == 1
+    assert run.saved(1) == run.weights()
+    (event,) = run.events()
+    assert event["waited_s"] == pytest.approx(event["checkpoint_s"], rel=0.2)
+
+
+class TestDue:
+    def test_by_step(self, start: Callable[..., Run]) -> None:
+        run = start(every_steps=3)
+        due = []
+        for _ in range(8):
+            run.update()
+            if run.saver.is_due(run.step):
+                due.append(run.step)
+                run.saver.begin(run.state())
+        assert due == [3, 6]
+
+    def test_one_that_was_put_off_comes_later(self, start: Callable[..., Run]) -> None:
+        """As after skipped updates: at step 4 instead of 3, and again at 6."""
+        run = start(every_steps=3)
+        for _ in range(4):
+            run.update()
+        assert run.saver.is_due(4)
+        run.saver.begin(run.state())
+        assert [step for step in range(5, 10) if run.saver.is_due(step)] == [6, 7, 8, 9]
+
+    def test_by_the_clock(self, start: Callable[..., Run]) -> None:
+        run = start(every_steps=0, every_minutes=0.002)
+        run.update()
+        assert not run.saver.is_due(1)
+        time.sleep(0.15)
+        run.update()
+        assert run.saver.is_due(2)
+        run.saver.begin(run.state())
+        assert not run.saver.is_due(3)
+
+    def test_never(self, start: Callable[..., Run]) -> None:
+        run = start(every_steps=0)
+        for _ in range(4):
+            run.update()
+            assert not run.saver.is_due(run.step)
+
+
+class TestFailures:
+    def test_a_full_disk_costs_the_save_and_not_the_run(
+        self, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In the last part of a save; in the first part, by a real disk, see below."""
+        monkeypatch.setattr(saver, "RETRY_S", 0.3)
+        run = start()
+        run.update()
+        run.saver.begin(run.state())
+        run.saver.finish()
+        run.update()
+        run.task.error = OSError(errno.ENOSPC, "No space left on device", "config.json")
+        run.saver.begin(run.state())
+        run.until(lambda: len(run.events()) > 1)
+        failed = run.events()[1]
+        assert failed["checkpoint_failed"] == "step-000002"
+        assert failed["reason"] == "no space left on device: config.json"
+        assert "could NOT be written" in failed["event"]
+        assert "That of step 1 is still the newest; training goes on" in failed["event"]
+        assert names(run.run_dir) == ["latest", "step-000001"], "the room is given back"
+        run.task.error = None
+        run.until(lambda: run.saver.is_due(run.step))  # long before the next interval
+        run.saver.begin(run.state())
+        run.saver.finish()
+        assert run.saver.saved_step == run.step
+        assert run.saved(run.step) == run.weights()
+
+    def test_a_bug_of_ours_is_no_full_disk(self, start: Callable[..., Run]) -> None:
+        run = start()
+        run.update()
+        run.task.error = KeyError("no such thing")
+        run.saver.begin(run.state())
+        with pytest.raises(RuntimeError, match="KeyError: 'no such thing'"):
+            run.saver.finish()
+        assert checkpoint.latest(run.run_dir) is None
+
+    def test_the_last_one_is_tried_again_and_then_told(
+        self, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(saver, "_PAUSE_S", 0.2)
+        run = start()
+        run.update()
+        assert run.saver.save_last(run.state()) == ""
+        assert run.saver.save_last(run.state()) == "", "nothing to do"
+        assert len(run.events()) == 1
+        run.update()
+        run.task.error = OSError(errno.EIO, "Input/output error", "config.json")
+        told = run.saver.save_last(run.state())
+        assert told.startswith("the checkpoint of step 2 could not be written (input/output error")
+        assert told.endswith("that of step 1 is the newest")
+        assert len(run.events()) == 1 + saver.ATTEMPTS_AT_END
+        assert "training goes on" not in run.events()[-1]["event"]
+        threading.Timer(0.1, lambda: setattr(run.task, "error", None)).start()
+        assert run.saver.save_last(run.state()) == ""
+        assert run.saved(2) == run.weights()
+
+    def test_the_last_one_may_be_under_way(self, start: Callable[..., Run]) -> None:
+        run = start()
+        run.update()
+        run.saver.begin(run.state())
+        assert run.saver.save_last(run.state()) == ""
+        assert len(run.events()) == 1
+
+    def test_an_error_elsewhere_leaves_no_thread_and_no_checkpoint(
+        self, start: Callable[..., Run]
+    ) -> None:
+        run = start()
+        run.update()
+        run.saver.begin(run.state())
+        run.saver.__exit__(None, None, None)
+        assert not [thread for thread in threading.enumerate() if "saver" in thread.name]
+        assert checkpoint.latest(run.run_dir) is None
+        run.saver = run.new_saver()
+        assert names(run.run_dir) == [], "what was left goes at the next start"
+
+
+@contextlib.contextmanager
+def disk(place: Path, megabytes: int) -> Iterator[Callable[[int], None]]:
+    """A small file system of its own; yields a function that changes its size."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(place)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+
+    def resize(size: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}m", str(place)], check=True)
+
+    try:
+        yield resize
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@pytest.fixture(scope="module")
+def recipe(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saves every second update; one takes 21 MB."""
+    tree = yaml.safe_load((small_run / "recipe.yaml").read_text())
+    tree |= {
+        "schedule": {"total_steps": 8, "warmup_steps": 2},
+        "evaluate": {"every_steps": 0},
+        "checkpoint": {"every_steps": 2, "keep": 1},
+    }
+    path = tmp_path_factory.mktemp("full-disk") / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path) -> Path:
+    """The run whose disk was never full."""
+    run_dir = recipe.parent / "whole"
+    assert exit_code("train", recipe, f"run.dir={run_dir}") == 0
+    return run_dir
+
+
+def same(left: Path, right: Path) -> None:
+    """Two runs came to the same."""
+    for kind in ("model", "optimizer"):
+        folders = checkpoint.latest(left), checkpoint.latest(right)
+        assert folders[0] is not None
+        assert folders[1] is not None
+        found, wanted = (load_file(folder / f"{kind}.safetensors") for folder in folders)
+        assert gather_driver.bits(found) == gather_driver.bits(wanted)
+    lines = (deterministic(read_metrics(run / "metrics.jsonl")) for run in (left, right))
+    assert next(lines) == next(lines)
+
+
+def test_a_disk_that_fills_up_and_is_made_larger(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "disk" / "run"
+    metrics = run_dir / "metrics.jsonl"
+    with disk(tmp_path / "disk", 36) as resize:
+
+        def watch() -> None:
+            deadline = time.monotonic() + PATIENCE_S
+            while time.monotonic() < deadline:
+                if metrics.is_file() and "checkpoint_failed" in metrics.read_text(encoding="utf-8"):
+                    resize(100)
+                    return
+                time.sleep(0.01)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        assert exit_code("train", recipe, f"run.dir={run_dir}") == 0
+        watcher.join()
+        events = [line for line in read_metrics(metrics) if "checkpoint_failed" in line]
+        assert events[0]["checkpoint_failed"] == "step-000004"
+        assert events[0]["reason"].startswith("no space left on device: ")
+        assert run_folder.read_status(run_dir)["state"] == "done"
+        assert names(run_dir) == ["latest", "step-000008"]
+        same(run_dir, whole)
+
+
+def test_a_disk_that_stays_full_fails_the_run_and_keeps_the_last_whole_one(
+    recipe: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saver, "_PAUSE_S", 0.0)
+    run_dir = tmp_path / "disk" / "run"
+    with disk(tmp_path / "disk", 36) as resize:
+        assert exit_code("train", recipe, f"run.dir={run_dir}") == 1
+        told = run_folder.read_status(run_dir)
+        assert (told["state"], told["step"]) == ("failed", 2)
+        assert told["reason"].startswith("the checkpoint of step 8 could not be written (no space")
+        assert candidates.look(run_dir).folder == run_dir / "checkpoints" / "step-000002"
+        assert names(run_dir) == ["latest", "step-000002"]
+        resize(100)
+        assert exit_code("train", recipe, f"run.dir={run_dir}") == 0
+        same(run_dir, whole)
+
+
+def test_files_that_may_not_grow_so_large(
+    recipe: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process's own limit, which needs no root; also what some file systems say."""
+    monkeypatch.setattr(saver, "_PAUSE_S", 0.0)
+    run_dir = tmp_path / "run"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        assert exit_code("train", recipe, f"run.dir={run_dir}") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told = run_folder.read_status(run_dir)
+    assert (told["state"], told["step"]) == ("failed", 0)
+    assert "file too large" in told["reason"]
+    assert names(run_dir) == []
+    assert exit_code("train", recipe, f"run.dir={run_dir}") == 0
+    same(run_dir, whole)
+
+
+def test_the_cursor_is_in_the_state(whole: Path) -> None:
+    folder = checkpoint.latest(whole)
+    assert folder is not None
+    text = (folder / "state.json").read_text()
+    state = json.loads(text)
+    assert (state["step"], state["samples_done"]) == (8, 32)
+    assert text == checkpoint.sealed({k: v for k, v in state.items() if k != checkpoint.SEAL})
