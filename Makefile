@@ -15,7 +15,7 @@ SANITIZED := build/sanitize
 EMULATED := build/emulated
 SANITIZERS := UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=max_malloc_fill_size=1073741824:malloc_fill_byte=255
 
-.PHONY: help setup demo test exactness golden check sanitize sanitize-quick emulate emulate-sanitized cuda-budgets cuda-check mutate gpu-check benchmark-peers openmpi pypi-apex lock clean
+.PHONY: help setup demo test exactness fault-check golden check sanitize sanitize-quick emulate emulate-sanitized cuda-budgets cuda-check mutate gpu-check benchmark-peers slurm openmpi pypi-apex lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -27,12 +27,17 @@ demo: setup  ## the main job on real text: short model -> 4,096 tokens -> pretra
 	python -m longpretrain.demo
 
 test: setup check sanitize-quick emulate emulate-sanitized cuda-budgets  ## everything a 2-core CPU machine can check
+	@$(MAKE) --no-print-directory slurm || echo "make test: no Slurm here; its tests are skipped" >&2
 	@$(MAKE) --no-print-directory openmpi || echo "make test: no Open MPI here; its tests are skipped" >&2
 	@$(MAKE) --no-print-directory pypi-apex || echo "make test: no apex of PyPI here; its tests are skipped" >&2
 	python -m pytest
 
 exactness: setup  ## every trainer, stage, rank count, resume and launcher compared; writes docs/exactness.md (18 minutes on two cores)
 	PYTHONPATH=tests python -m exactness docs/exactness.md
+
+# Everything is drawn from the seed, which the page names.
+fault-check: setup  ## kills, signals, damage, full disks, lost ranks, preemptions; prints the table, writes docs/faults.md (45 minutes)
+	PYTHONPATH=tests python -m faults --page docs/faults.md $(if $(FAULT_SEED),--seed $(FAULT_SEED)) $(FAULTS)
 
 golden: setup  ## write tests/golden/ anew, after a change that is meant to change the numbers
 	PYTHONPATH=tests python -m exactness.golden --write
@@ -100,7 +105,7 @@ mutate: setup  ## change PTX instructions of the kernels at random: how many cha
 	PYTHONPATH=tests python -m ptx.mutate $(or $(MUTANTS),240)
 
 # The library is built with CUDA kernels even if it is current: it may have been built without.
-gpu-check: $(VENV)/.done  ## on a machine with a GPU: build, test, measure; writes benchmarks/results/gpu-*.md for an issue
+gpu-check: $(VENV)/.done  ## on a machine with a GPU: build, test, train, measure; writes benchmarks/results/gpu-*.md for an issue
 	python benchmarks/gpu_machine.py
 	LONGPRETRAIN_CUDA=1 CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(INSTALL) --no-deps --no-build-isolation \
 	  --reinstall-package longpretrain -e .
@@ -112,6 +117,16 @@ benchmark-peers: $(PEERS)/.done  ## what benchmarks/prepare.py compares with, be
 $(PEERS)/.done: install/benchmarks.lock | $(VENV)/.done
 	$(INSTALL) --no-deps --require-hashes --target $(PEERS) -r $<
 	touch $@
+
+# The tests bring up a cluster of their own with it; nothing is started or set up on the machine itself.
+SLURM_PROGRAMS := slurmctld slurmd sbatch munged
+slurm:  ## Slurm and munge, for tests/test_slurm.py: installed with apt-get, if that is here and we are root
+	@PATH="$$PATH:/usr/sbin:/sbin"; missing=; for program in $(SLURM_PROGRAMS); do \
+	  command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	if test -n "$$missing" && test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
+	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends slurm-wlm munge; \
+	elif test -n "$$missing"; then \
+	  echo "make slurm: no$$missing on PATH; install Slurm and munge (Debian: apt-get install slurm-wlm munge)" >&2; exit 2; fi
 
 # In a folder of its own as well: both MPIs install bin/mpirun, and MPICH's is the environment's. A
 # machine that cannot get it is told so in a line, and the tests that want it are skipped.

@@ -39,6 +39,7 @@ if [[ $LAUNCHER == sbatch ]]; then
     [[ -z ${RANKS:-} ]] || refuse "RANKS: got $RANKS with LAUNCHER=sbatch; wanted the tasks of a job. Set sbatch_options in slurm/env.sh."
     resolved=$(python -m longpretrain train --dry-run "$@")
     export LONGPRETRAIN_PROJECT=$here
+    unset LAUNCHER  # or the job would submit jobs
     start=(sbatch "${sbatch_options[@]}" "$here/slurm/pretrain.sbatch")
     [[ " $* " == *" --dry-run "* ]] || exec "${start[@]}" "$@"
     printf '%q ' "${start[@]}" "$@"; echo

@@ -139,7 +139,10 @@ def table(found: dict[str, list[Start]]) -> str:
         ]
         is_quick = "yes" if statistics.median(first) <= LIMIT_S else "no"
         times = [statistics.median(first), max(first), *middle]
-        rows.append((name, *(f"{s:.1f} s" for s in times), is_quick))
+        cells = [f"{s:.1f} s" for s in times]
+        if times[-1] < 1:
+            cells[-1] = "-"  # Slurm's ranks are not our children: nobody tells their time
+        rows.append((name, *cells, is_quick))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(pairs))
@@ -160,6 +163,7 @@ def slurm(is_wanted: bool) -> Iterator[dict[str, str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="of each launcher, 1 or more (3)")
+    parser.add_argument("--cold", action="store_true", help="no round before, to warm the caches")
     parser.add_argument("--only", default="", help="launchers whose name holds this")
     parser.add_argument("--words", nargs="*", default=[], help="recipe keys, as key=value")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
@@ -174,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = ["schedule.total_steps=2", "schedule.warmup_steps=1", "evaluate.every_steps=0"]
         words += ["checkpoint.every_steps=0", *options.words]
         with slurm(any(name.startswith("srun") for name in chosen)) as cluster:
-            for number in range(options.rounds + 1):
+            for number in range(options.cold, options.rounds + 1):
                 for name, (command, more) in chosen.items():
                     run_dir = folder / f"{number}-{list(chosen).index(name)}" / "run"
                     run_dir.parent.mkdir()

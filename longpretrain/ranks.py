@@ -268,7 +268,8 @@ def _from_slurm(env: Mapping[str, str]) -> Ranks:
     job = _number(env, "SLURM_JOB_ID", 0)
     step = env["SLURM_STEP_ID"]
     # Every task derives the same port from the job and step: two jobs on one node do not collide.
-    port = 20_000 + (job * 97 + (int(step) if step.isdigit() else 0)) % 20_000
+    # Below those that Linux lends to outgoing connections, from 32,768 on.
+    port = 20_000 + (job * 97 + (int(step) if step.isdigit() else 0)) % 12_000
     return Ranks(
         rank=_rank(env, "SLURM_PROCID", world_size),
         world_size=world_size,

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -102,6 +103,7 @@ def end(config: Config, code: int, *, warned: bool, environment: Mapping[str, st
     why_not, code = decide(status, code, standing)
     if not why_not and standing.is_requeued:  # counted when it begins again
         print(f"longpretrain train: job {job} is requeued by Slurm", file=sys.stderr)
+        _let_size_vary(job, environment)
         return code
     if not why_not:
         crashed = status.get("state") != "preempted"
@@ -109,9 +111,11 @@ def end(config: Config, code: int, *, warned: bool, environment: Mapping[str, st
     if not why_not:
         run_dir.mkdir(parents=True, exist_ok=True)
     _write(run_dir, replace(seen, job=job, is_open=False))
-    if not why_not:  # told before, as Slurm then ends this process with its batch script
+    if not why_not:  # told before, as Slurm then ends the batch script and its processes
         print(f"longpretrain train: job {job} is requeued", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         why_not = _requeue(job)
+        _let_size_vary(job, environment)
     if why_not:
         what = f"job {job} is not requeued: {why_not}"
         print(f"longpretrain train: {what}", file=sys.stderr, flush=True)
@@ -192,6 +196,15 @@ def _requeue(job: str) -> str:
     return f"scontrol: {finished.stderr.strip()}" if finished.returncode else ""
 
 
+def _let_size_vary(job: str, environment: Mapping[str, str]) -> None:
+    """Slurm keeps the number of tasks that a job had, and with it the number of nodes: one that
+    asked for --nodes=1-2 would wait for two. The least is enough to be given all that are free.
+    """
+    tasks = environment.get("SLURM_NTASKS_PER_NODE", "")
+    if tasks.isdecimal():
+        _scontrol("update", f"JobId={job}", f"NumTasks={tasks}")
+
+
 def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(  # noqa: S603
@@ -219,10 +232,12 @@ def _most_restarts(environment: Mapping[str, str]) -> int:
 
 def _read(run_dir: Path) -> Attempts:
     """A note that is missing or damaged is one of nothing."""
-    try:
-        return Attempts(**read_json_object(run_dir / names.ATTEMPTS))
-    except (InputError, TypeError):
-        return Attempts()
+    with contextlib.suppress(InputError, TypeError):
+        found = Attempts(**read_json_object(run_dir / names.ATTEMPTS))
+        kinds = {field: type(value) for field, value in vars(Attempts()).items()}
+        if all(isinstance(value, kinds[field]) for field, value in vars(found).items()):
+            return found
+    return Attempts()
 
 
 def _write(run_dir: Path, attempts: Attempts) -> None:

@@ -37,16 +37,19 @@ class Run:
     def until(self, is_reached: Callable[[Job], bool], wanted: str, timeout_s: float = 240) -> Job:
         """Waits for the job; what it printed says why it did not get there."""
         deadline = time.monotonic() + timeout_s
+        lifted: set[int] = set()
         while True:
             job = self.cluster.job(self.number)
             if is_reached(job):
                 return job
-            ended = job.state in ENDS and job.restarts >= 0
-            in_time = time.monotonic() < deadline
-            assert in_time and not ended, f"{wanted}: {job}\n{self.printed()}"
-            if job.state == "PENDING" and job.restarts:  # Slurm holds a requeued job for 2 minutes
-                words = ("update", f"JobId={self.number}", "StartTime=now")
-                self.cluster.run("scontrol", *words, check=False)
+            goes_on = job.state not in ENDS and time.monotonic() < deadline
+            assert goes_on, f"{wanted}: {job}\n{self.printed()}"
+            if job.reason == "BeginTime" and job.restarts not in lifted:
+                # Slurm holds a requeued job for two minutes; a start in the very second in which it
+                # was ended would be refused (its credential is revoked).
+                lifted.add(job.restarts)
+                when = ("update", f"JobId={self.number}", "StartTime=now+3")
+                self.cluster.run("scontrol", *when, check=False)
             time.sleep(0.2)
 
     def until_step(self, step: int, *, restarts: int) -> None:
@@ -160,14 +163,21 @@ class Preempted:
 
 
 def preempt(
-    cluster: Testbed, folder: Path, recipe: Path, *, times: int, seed: int = 1, steps: int = 40
+    cluster: Testbed,
+    folder: Path,
+    recipe: Path,
+    *,
+    times: int,
+    seed: int = 1,
+    steps: int = 40,
+    options: Sequence[str] = (),
 ) -> Preempted:
     """Trains on two nodes, once undisturbed and once with this many preemptions, at random moments
     between the first updates of an attempt and its last.
     """
     words = (f"schedule.total_steps={steps}", "checkpoint.every_steps=7", "log.sample_ids=true")
     words += ("evaluate.every_steps=0",)
-    options = ("--nodes=2", "--ntasks-per-node=1", *ONE_CPU)
+    options = ("--nodes=2", "--ntasks-per-node=1", *ONE_CPU, *options)
     whole = submit(cluster, folder / "whole", recipe, options, *words)
     cut = submit(cluster, folder / "cut", recipe, options, *words)
     draw = random.Random(seed)

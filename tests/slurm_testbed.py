@@ -45,6 +45,7 @@ class Job:
     """What Slurm says of a job."""
 
     state: str
+    reason: str
     restarts: int
     nodes: str
     exit_code: str
@@ -87,6 +88,7 @@ class Testbed:
         told = dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "-o", "show", "job", number)))
         return Job(
             state=told["JobState"],
+            reason=told["Reason"],
             restarts=int(told["Restarts"]),
             nodes=told.get("NodeList", ""),
             exit_code=told["ExitCode"],

@@ -20,6 +20,9 @@ from longpretrain.engine.adam import check_apex, kernels_in_use, make_adam
 from longpretrain.engine.zero import ZeroEngine
 from longpretrain.errors import InputError
 from longpretrain.recipe import from_tree
+from longpretrain.run_facts import of_program
+
+has_none = pytest.mark.skipif(importlib.util.find_spec("apex") is not None, reason="has an apex")
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def kernels(**keys: str) -> Config:
     return from_tree({"kernels": keys})
 
 
-@pytest.mark.skipif(importlib.util.find_spec("apex") is not None, reason="has an apex")
+@has_none
 @pytest.mark.parametrize("part", ["layer_norm", "adam"])
 def test_apex_that_is_not_there_is_refused(part: str) -> None:
     with pytest.raises(InputError) as caught:
@@ -54,6 +57,17 @@ def test_what_auto_comes_to(stand_in_apex: None) -> None:
     assert kernels_in_use(kernels(), "cpu") == {"layer_norm": "torch", "adam": "torch"}
     with pytest.raises(InputError, match="its kernels run on GPUs, and this is the CPU"):
         check_apex(kernels(layer_norm="apex"), "cpu")
+
+
+@has_none
+def test_ranks_with_other_kernels_differ() -> None:
+    config = kernels(layer_norm="auto")
+    without = of_program(config, "cuda", fresh=False)
+    with found_anew(STAND_IN):
+        beside = of_program(config, "cuda", fresh=False)
+    differs = {name for name in without if without[name].value != beside[name].value}
+    assert differs == {"kernels.layer_norm as run"}
+    assert without[differs.pop()].value == "torch"
 
 
 def test_apexs_adam_needs_its_state_on_the_gpu(stand_in_apex: None) -> None:

@@ -74,13 +74,17 @@ def test_strangers_are_not_heard() -> None:
     stranger, liar, ours = (Lines.over(socket.create_connection(address)) for _ in range(3))
     mine = {"host": "n1", "pid": 4711, "place": "here"}
     stranger.send({"bye": 0})
-    liar.send({"hello": 0, "token": "a guess", **mine})
-    liar.send({"died": 0, "detail": "died of SIGKILL"})
     with socket.create_connection(address) as browser:
         browser.sendall(b"GET / HTTP/1.0\r\n\r\n\xff\xfe\n")
     ours.send({"hello": 0, "token": "the token", **mine})
     assert json.dumps(wait_for(ours, "roster")["roster"]) == json.dumps([{"hello": 0, **mine}])
+    liar.send({"hello": 0, "token": "a guess", **mine})
+    liar.send({"died": 0, "detail": "died of SIGKILL"})
+    liar.send({"bye": 0})
+    ours.send({"beat": 0, "count": 1, "age_s": 0.0, "mark": "its start", "stopped_s": 0.0})
+    assert wait_for(ours, "beat")["run"] == {}
     assert judge.watched[0].trouble is None
+    assert not judge.watched[0].has_left
     ours.send({"bye": 0})
     assert wait_for(ours, "over") == {"over": True}
     for line in (stranger, liar, ours):

@@ -63,6 +63,21 @@ def test_every_so_many_steps_one_stays_for_good(tmp_path: Path) -> None:
     assert names(tmp_path) == [*kept, "step-000090-left-2"]
 
 
+def test_room_is_made_but_never_of_the_newest(tmp_path: Path) -> None:
+    def room(keep: int, every: int = 0) -> list[str]:
+        return retention.make_room(tmp_path, 40, keep=keep, keep_every_steps=every)
+
+    for step in (10, 20, 30, 40, 50):
+        make_checkpoint(tmp_path, f"step-{step:06d}")
+    before = names(tmp_path)
+    assert [room(0), room(1), room(5), names(tmp_path)] == [[], [], [], before]
+    assert room(4) == ["step-000010"]
+    assert room(2, every=20) == ["step-000030"]
+    assert room(2) == ["step-000020"]
+    assert room(2) == []
+    assert names(tmp_path) == ["step-000040", "step-000050"], "what is newer is not its business"
+
+
 def test_left_overs_of_killed_saves_go_and_nothing_else(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "step-000001", latest=True)
     before = names(tmp_path)

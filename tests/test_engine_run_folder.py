@@ -64,9 +64,10 @@ def test_another_recipe_is_refused_once_there_is_work_to_lose(tmp_path: Path) ->
     assert open_run(other, fresh=True) == tmp_path / "run.old-1"
     assert (tmp_path / "run.old-1" / "checkpoints" / "step-000003").is_dir()
     assert checkpoint.latest(run_dir) is None
-    (tmp_path / "run.old-1" / "config.yaml").write_text("a: [")
-    with pytest.raises(InputError, match="wanted the recipe of the run"):
-        run_folder.check_run_dir(config(tmp_path / "run.old-1"), fresh=False)
+    for damaged in ("a: [", "", "unknown: 1"):
+        (tmp_path / "run.old-1" / "config.yaml").write_text(damaged)
+        with pytest.raises(InputError, match=r"config\.yaml: got .*wanted the recipe of the run"):
+            run_folder.check_run_dir(config(tmp_path / "run.old-1"), fresh=False)
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:

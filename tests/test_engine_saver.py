@@ -163,7 +163,10 @@ def test_one_at_a_time_and_a_line_says_who_waited(
     threading.Timer(0.5, run.task.open.set).start()
     run.saver.begin(run.state())
     assert run.saver.saved_step == 1, "the first is there before the second begins"
-    assert any(mark == "step 1: checkpoint" for mark in run.marks)
+    places = ["writing", "writing: the other ranks", "completing", "completing: the other ranks"]
+    marks = [mark for mark, _ in itertools.groupby(run.marks)]
+    assert marks == [f"step 1: checkpoint, {place}" for place in places[-len(marks) :]]
+    assert len(marks) in (2, 4), "as far as it had come"
     run.saver.finish()
     assert run.saver.saved_step == at
     assert run.saved(at) == wanted
@@ -372,6 +375,22 @@ def test_a_disk_that_fills_up_and_is_made_larger(recipe: Path, whole: Path, tmp_
         assert events[0]["reason"].startswith("no space left on device: ")
         assert run_folder.read_status(run_dir)["state"] == "done"
         assert names(run_dir) == ["latest", "step-000008"]
+        same(run_dir, whole)
+
+
+def test_a_disk_with_room_for_those_that_are_kept(
+    recipe: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Of two that are kept the older one goes before the third can be written."""
+    run_dir = tmp_path / "disk" / "run"
+    with disk(tmp_path / "disk", 57):
+        assert exit_code("train", recipe, f"run.dir={run_dir}", "checkpoint.keep=2") == 0
+        (failed, *_) = [
+            line for line in read_metrics(run_dir / "metrics.jsonl") if "checkpoint_failed" in line
+        ]
+        assert failed["checkpoint_failed"] == "step-000006"
+        assert "Removed step-000002 to make room" in failed["event"]
+        assert names(run_dir)[-1] == "step-000008"
         same(run_dir, whole)
 
 

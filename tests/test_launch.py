@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -166,7 +166,7 @@ def test_dry_run_prints_command_and_recipe(words: list[str]) -> None:
 def test_unknown_launcher_is_refused(words: list[str]) -> None:
     finished = run([str(LAUNCH), *words], LAUNCHER="ssh")
     assert finished.returncode == 2
-    assert "got ssh; wanted deepspeed, torchrun, mpirun or srun" in finished.stderr
+    assert "got ssh; wanted deepspeed, torchrun, mpirun, srun or sbatch" in finished.stderr
 
 
 def test_wrong_ranks_are_refused(words: list[str]) -> None:
@@ -175,70 +175,75 @@ def test_wrong_ranks_are_refused(words: list[str]) -> None:
     assert "RANKS: got two; wanted 1 or more" in finished.stderr
 
 
-@pytest.fixture
-def batch(tmp_path: Path) -> Callable[..., tuple[int, str]]:
-    """Runs slurm/pretrain.sbatch in a folder with a launch.sh and a scontrol that only take
-    notes."""
-    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
-    notes = tmp_path / "notes"
-
-    def submit(state: str | None, *words: str, restarts: int = 0) -> tuple[int, str]:
-        notes.write_text("")
-        # Ranks take seconds, and file times tick in milliseconds.
-        writes = f'sleep 0.1; mkdir -p run; echo \'{{\n "state": "{state}"}}\' > run/status.json'
-        for path, text in (
-            ("launch.sh", f'echo "launch $*" >> notes; {writes if state else "exit 2"}'),
-            (".venv/bin/scontrol", f'echo "scontrol $*" >> {notes}'),
-        ):
-            (tmp_path / path).write_text(f"#!/bin/bash\n{text}\n")
-            (tmp_path / path).chmod(0o755)
-        time.sleep(0.02)  # file times are compared
-        finished = subprocess.run(
-            ["bash", "slurm/pretrain.sbatch", "demo", f"run.dir={tmp_path / 'run'}", *words],
-            check=False,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            env=rank_environment()
-            | {
-                "SLURM_SUBMIT_DIR": str(tmp_path),
-                "SLURM_JOB_ID": "7",
-                "SLURM_RESTART_COUNT": str(restarts),
-            },
-        )
-        return finished.returncode, notes.read_text() + finished.stderr
-
-    return submit
-
-
-def test_sbatch_requeues_what_this_attempt_left_preempted(
-    batch: Callable[..., tuple[int, str]],
-) -> None:
-    code, notes = batch("preempted", "--fresh")
-    assert code == 0
-    assert "--fresh" in notes
-    assert "scontrol requeue 7" in notes
-    code, notes = batch("done", "--fresh", restarts=1)
-    assert code == 0
-    assert "--fresh" not in notes  # a requeued job goes on
-    assert "scontrol" not in notes
-
-
-def test_sbatch_does_not_requeue_a_broken_run_for_ever(
-    batch: Callable[..., tuple[int, str]],
-) -> None:
-    batch("preempted")
-    code, notes = batch(None, restarts=1)  # refused before ranks ran: the old status stands
-    assert code == 2
-    assert "scontrol" not in notes
-
-
-def test_sbatch_script_reads_the_cluster_facts() -> None:
-    """Its directives ask for what the engine handles: a warning, a requeue, appended logs."""
-    text = (ROOT / "slurm" / "pretrain.sbatch").read_text()
+def test_dry_run_of_sbatch_prints_what_would_be_submitted(words: list[str]) -> None:
+    finished = run([str(LAUNCH), *words, "--dry-run"], LAUNCHER="sbatch")
+    assert finished.returncode == 0, finished.stderr
+    script = (ROOT / "slurm" / "pretrain.sbatch").read_text()
     for directive in ("--signal=B:USR1@120", "--requeue", "--open-mode=append"):
-        assert f"#SBATCH {directive}\n" in text
-    assert "source slurm/env.sh" in text
+        assert f"#SBATCH {directive}\n" in script
+    command, rest = finished.stdout.split("\n", 1)
+    assert command.startswith(f"sbatch {ROOT}/slurm/pretrain.sbatch {words[0]} ")
+    assert rest.startswith(script)
+    assert yaml.safe_load(rest.removeprefix(script))["schedule"]["total_steps"] == 2
+
+
+def test_the_cluster_facts_reach_sbatch_and_srun(
+    words: list[str], strange_checkout: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(ROOT / "slurm", strange_checkout / "slurm")
+    with (strange_checkout / "slurm" / "env.sh").open("a") as file:
+        file.write("sbatch_options=(--partition=gpu '--comment=two words')\n")
+        file.write("LONGPRETRAIN_CONTAINER='apptainer exec --nv image.sif'\n")
+    launch = str(strange_checkout / "launch.sh")
+    finished = run([launch, *words, "--dry-run"], LAUNCHER="sbatch")
+    assert finished.stdout.startswith("sbatch --partition=gpu --comment=two\\ words "), finished
+    finished = run([launch, *words, "--dry-run"], SLURM_JOB_ID="7", SLURM_NTASKS="16")
+    expected = "srun --kill-on-bad-exit=1 --ntasks 16 apptainer exec --nv image.sif "
+    assert finished.stdout.startswith(expected), finished
+
+
+def test_a_recipe_that_does_not_read_is_not_submitted(words: list[str]) -> None:
+    finished = run([str(LAUNCH), *words, "optim.lr=fast"], LAUNCHER="sbatch")
+    assert finished.returncode == 2
+    assert "recipe key optim.lr: got " in finished.stderr
+
+
+def test_ranks_of_a_job_are_its_tasks(words: list[str]) -> None:
+    finished = run([str(LAUNCH), *words], LAUNCHER="sbatch", RANKS="2")
+    assert finished.returncode == 2
+    assert "RANKS: got 2 with LAUNCHER=sbatch; wanted the tasks of a job" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("child", "ends"),
+    [
+        pytest.param("train --check", "stopped by USR1 before the ranks started", id="check"),
+        pytest.param(r"python\S* -u \S*launch.sh", "preempted: SIGUSR1, at step 1", id="a rank"),
+    ],
+)
+def test_a_signal_while_it_starts_is_not_lost(
+    words: list[str], tmp_path: Path, child: str, ends: str
+) -> None:
+    run_dir = tmp_path / "run"
+    started = subprocess.Popen(
+        [str(LAUNCH), *words, f"run.dir={run_dir}", "schedule.total_steps=1000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=rank_environment() | {"RANKS": "1"},
+        start_new_session=True,
+    )
+    try:
+        found = ["pgrep", "-f", f"{child}.*{run_dir}"]
+        deadline = time.monotonic() + 120
+        while subprocess.run(found, check=False, stdout=subprocess.DEVNULL).returncode:
+            assert started.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        started.send_signal(signal.SIGUSR1)
+        output, _ = started.communicate(timeout=120)
+    finally:
+        subprocess.run(["pkill", "-KILL", "-f", f"{run_dir}"], check=False)
+        started.wait()
+    assert ends in output
+    assert started.returncode != 0
+    assert run_dir.exists() == ("step 1" in ends)

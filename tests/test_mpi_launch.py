@@ -131,39 +131,18 @@ def test_another_world_than_announced_is_refused(
         assert asked_mpi == str(speaker == "mpirun")
 
 
-def test_a_run_without_mpi_never_imports_it(small_run: Path, tmp_path: Path) -> None:
-    """Not by DeepSpeed either: importing mpi4py starts MPI, which aborts ranks of other launchers.
-
-    Here any import of it fails, which mpirun's ranks tell at once.
-    """
-    (tmp_path / "mpi4py.py").write_text("raise ImportError('mpi4py was imported')\n")
-    words = [str(small_run / "recipe.yaml"), f"run.dir={tmp_path / 'run'}"]
-    words += ["schedule.total_steps=2", "schedule.warmup_steps=1", "evaluate.every_steps=0"]
-    train = [sys.executable, "-c", TRAIN, "train", *words]
+def test_an_mpi_that_cannot_be_loaded_is_told(who: Path, tmp_path: Path) -> None:
+    """That ranks of other launchers never import it: above, and test_benchmark_startup.py."""
+    (tmp_path / "mpi4py.py").write_text("raise ImportError('no mpi4py here')\n", encoding="utf-8")
     environment = rank_environment()
     environment["PYTHONPATH"] = f"{tmp_path}:{environment['PYTHONPATH']}"
-
-    def start(*launcher: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*launcher, *train],
-            env=environment, capture_output=True, text=True, check=False, timeout=120,
-        )  # fmt: skip
-
-    with ThreadPoolExecutor(2) as pool:
-        alone, by_mpi = pool.submit(start), pool.submit(start, MPIRUN["MPICH"][0], "-n", "1")
-    assert (alone.result().returncode, alone.result().stderr) == (0, "")
-    assert "imported: False" in alone.result().stdout
-    assert by_mpi.result().returncode == 2
-    assert "MPI of the launcher: got mpi4py was imported; wanted" in by_mpi.result().stderr
-
-
-TRAIN = """
-import sys
-from longpretrain.cli import main
-code = main(sys.argv[1:])
-print("imported:", "mpi4py" in sys.modules)
-sys.exit(code)
-"""
+    finished = subprocess.run(
+        [MPIRUN["MPICH"][0], "-n", "2", sys.executable, str(who)],
+        env=environment, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert finished.returncode == 2
+    wanted = "refused: MPI of the launcher: got no mpi4py here; wanted mpi4py and the library of "
+    assert finished.stderr.count(wanted) == 2
 
 
 def test_where_open_mpi_is_looked_for(tmp_path: Path) -> None:

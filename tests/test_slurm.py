@@ -7,6 +7,7 @@ does: the tests wait for their own.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -21,14 +22,13 @@ from ranks_helper import BIN, ROOT, rank_environment
 from slurm_runs import ONE_CPU, Preempted, Run
 from slurm_testbed import Testbed, processes, testbed, why_no_slurm
 
-from longpretrain.report.metrics import read_metrics
-
 pytestmark = pytest.mark.skipif(bool(why_no_slurm()), reason=why_no_slurm())
 
 STEPS = 40
 COMMON = ("log.sample_ids=true", "evaluate.every_steps=0", f"schedule.total_steps={STEPS}")
 # Hidden dropout is drawn anew by each rank: without it, any number of them takes the same path.
 PLAIN = (*COMMON, "model.dropout=0", "checkpoint.every_steps=5")
+QUIET = ("--exclude=n3,n4",)  # where nothing happens to a node
 ENDLESS = ("schedule.total_steps=100000", "checkpoint.every_steps=100000")
 
 
@@ -41,29 +41,25 @@ class Scenarios:
     recipe: Path
 
     def submit(self, name: str, *options: str, words: tuple[str, ...]) -> Run:
-        """A job on nodes 1 and 2, which nothing happens to."""
-        place = () if any("-w" in option for option in options) else ("-w", "n[1-2]")
-        options = (*options, *place, *ONE_CPU)
+        """A training job of its own."""
+        options = (*options, *QUIET, *ONE_CPU)
         return slurm_runs.submit(self.cluster, self.folder / name, self.recipe, options, *words)
 
-    def four_ranks(self) -> Run:
-        """Two nodes with two tasks each, and an evaluation of what came out of it."""
-        run = self.submit("four", "--nodes=2", "--ntasks-per-node=2", words=PLAIN)
-        run.ended()
-        return run
-
     def preempted(self) -> Preempted:
+        folder = self.folder / "preempted"
         return slurm_runs.preempt(
-            self.cluster, self.folder / "preempted", self.recipe, times=1, steps=STEPS
+            self.cluster, folder, self.recipe, times=1, steps=STEPS, options=QUIET
         )
 
     def elastic(self) -> Run:
-        """On two nodes; one dies; on one node; a more urgent job takes it; on two nodes again."""
+        """Two tasks each on two nodes; one dies; on one node; a more urgent job takes it; on two
+        again.
+        """
         run = slurm_runs.submit(
             self.cluster,
             self.folder / "elastic",
             self.recipe,
-            ("--nodes=1-2", "--ntasks-per-node=1", "-x", "n[1-2]", *ONE_CPU),
+            ("--nodes=1-2", "--ntasks-per-node=2", "--exclude=n1,n2", *ONE_CPU),
             *PLAIN,
         )
         run.until_step(7, restarts=0)
@@ -93,8 +89,8 @@ class Scenarios:
         """Each attempt loses its rank; submitted by launch.sh in a checkout with its own env.sh."""
         checkout = self.folder / "a checkout"
         own_env = (ROOT / "slurm" / "env.sh").read_text()
-        own_env += "sbatch_options=(--nodes=1 --ntasks-per-node=1 -w 'n[1-2]' "
-        own_env += f"{' '.join(ONE_CPU)})\nexport LONGPRETRAIN_MAX_RESTARTS=1\n"
+        own_env += "sbatch_options=(--nodes=1 --ntasks-per-node=1 "
+        own_env += f"{' '.join((*QUIET, *ONE_CPU))})\nexport LONGPRETRAIN_MAX_RESTARTS=1\n"
         own_env += "LONGPRETRAIN_CONTAINER='env IN_CONTAINER=yes'\n"
         shutil.copytree(ROOT / "slurm", checkout / "slurm")
         (checkout / "slurm" / "env.sh").write_text(own_env)
@@ -117,17 +113,21 @@ class Scenarios:
         run.ended("FAILED")
         return run
 
-    def in_an_allocation(self) -> tuple[str, Path]:
-        """./launch.sh in salloc."""
-        run_dir = self.folder / "salloc"
+    def in_an_allocation(self) -> Run:
+        """./launch.sh in salloc: two ranks on one node."""
+        run_dir, log = self.folder / "salloc" / "run", self.folder / "salloc" / "log"
+        run_dir.parent.mkdir()
         finished = subprocess.run(
-            ["salloc", "-w", "n1", "-n2", *ONE_CPU, "./launch.sh", self.recipe, *COMMON[:2],
-             f"run.dir={run_dir}", "schedule.total_steps=3", "schedule.warmup_steps=1"],
+            ["salloc", "-w", "n1", "-n2", *ONE_CPU, "./launch.sh", self.recipe, *PLAIN,
+             f"run.dir={run_dir}"],
             check=False, capture_output=True, text=True, timeout=240, cwd=ROOT,
             env=self.cluster.in_shell(rank_environment()),
         )  # fmt: skip
-        assert finished.returncode == 0, finished.stdout + finished.stderr
-        return finished.stdout, run_dir
+        log.write_text(finished.stdout + finished.stderr)
+        assert finished.returncode == 0, log.read_text()
+        number = re.search(r"Granted job allocation (\d+)", finished.stderr)
+        assert number
+        return Run(cluster=self.cluster, number=number[1], run_dir=run_dir, log=log)
 
     def prepared(self) -> str:
         """slurm/prepare.sbatch over two nodes."""
@@ -138,8 +138,8 @@ class Scenarios:
         """Submits another script, and waits for it; returns what it printed."""
         log = self.folder / f"{name}.log"
         finished = subprocess.run(
-            ["sbatch", "--wait", f"--output={log}", "--time=9", "--gpus-per-node=0", *options,
-             "--ntasks-per-node=1", "-c1", ROOT / "slurm" / name, *words],
+            ["sbatch", "--wait", f"--output={log}", "--time=9", *QUIET, *ONE_CPU, *options,
+             "--ntasks-per-node=1", ROOT / "slurm" / name, *words],
             check=False, capture_output=True, text=True, timeout=240, cwd=ROOT,
             env=self.cluster.in_shell(rank_environment()),
         )  # fmt: skip
@@ -166,7 +166,7 @@ def scenarios(
 
 @pytest.fixture(scope="module")
 def started(scenarios: Scenarios) -> Iterator[Started]:
-    names = ("elastic", "end_of_time", "preempted", "four_ranks", "crashing", "bad_input")
+    names = ("elastic", "end_of_time", "preempted", "crashing", "bad_input")
     with ThreadPoolExecutor(len(names) + 2) as pool:
         yield {
             name: pool.submit(getattr(scenarios, name))
@@ -174,15 +174,8 @@ def started(scenarios: Scenarios) -> Iterator[Started]:
         }
 
 
-def test_two_nodes_with_two_tasks_each(started: Started) -> None:
-    run = started["four_ranks"].result()
-    assert run.status()["state"] == "done"
-    assert run.events()[0]["world_size"] == 4
-    assert "is not requeued: the run is done" in run.printed()
-
-
 def test_evaluate_on_a_node(started: Started, scenarios: Scenarios, small_run: Path) -> None:
-    run = started["four_ranks"].result()
+    run = started["in_an_allocation"].result()
     words = (run.run_dir, "--data", small_run / "data" / "valid", "--max-tokens", "128")
     printed = scenarios.script("evaluate.sbatch", words=words)
     assert "bits" in printed
@@ -196,15 +189,15 @@ def test_a_preempted_job_is_requeued_and_goes_on_to_the_same_bits(started: Start
 
 def test_an_elastic_job_goes_on_with_the_nodes_there_are(started: Started) -> None:
     """Across the loss of a node and a preemption by Slurm; no sample is lost or comes twice."""
-    run, whole = started["elastic"].result(), started["four_ranks"].result()
+    run, whole = started["elastic"].result(), started["in_an_allocation"].result()
     begun = [event for event in run.events() if "world_size" in event]
-    assert [(e["world_size"], e["accumulation"]) for e in begun] == [(2, 2), (1, 4), (2, 2)]
+    assert [(e["world_size"], e["accumulation"]) for e in begun] == [(4, 1), (2, 2), (4, 1)]
     changed = [event["changed"] for event in run.events() if "changed" in event]
     assert changed == [
-        "world size 2 -> 1, accumulation 2 -> 4",
-        "world size 1 -> 2, accumulation 4 -> 2",
+        "world size 4 -> 2, accumulation 1 -> 2",
+        "world size 2 -> 4, accumulation 2 -> 1",
     ]
-    assert "other than before: world size 2 -> 1, accumulation 2 -> 4" in run.printed()
+    assert "other than before: world size 4 -> 2, accumulation 1 -> 2" in run.printed()
     assert run.status()["state"] == "done"
     assert run.sample_ids() == whole.sample_ids()
     losses = [
@@ -245,8 +238,8 @@ def test_bad_input_is_never_requeued(started: Started) -> None:
 
 
 def test_launch_sh_in_an_allocation(started: Started) -> None:
-    _, run_dir = started["in_an_allocation"].result()
-    first = read_metrics(run_dir / "metrics.jsonl")[0]
+    run = started["in_an_allocation"].result()
+    first = run.events()[0]
     assert (first["world_size"], first["launcher"]) == (2, "srun")
 
 

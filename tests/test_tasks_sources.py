@@ -69,6 +69,19 @@ class TestShares:
         assert sources(a=f"tokens={tokens}", b="epochs=1").mix.shares(0) == alone.mix.shares(0)
 
 
+def test_a_sample_can_be_found_again(sources: Callable[..., Sources], corpora: Path) -> None:
+    """What is told of a sample leads to its block: by the folder, whatever the source's name."""
+    made = sources(a="weight=1", b="weight=0.5")
+    names = set()
+    for number in range(12):
+        told = made.describe(number)
+        names.add(told["source"])
+        blocks, epoch, block = made.locate(number)
+        assert (told["epoch"], told["block"]) == (epoch, block)
+        assert Path(told["folder"]) == blocks.corpus.folder == corpora / told["source"]
+    assert names == {"a", "b"}
+
+
 class TestSelection:
     def test_short_documents_and_other_parts_are_left_out(
         self, sources: Callable[..., Sources]

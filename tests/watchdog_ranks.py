@@ -10,6 +10,7 @@ accident on, goes to standard output.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -50,14 +51,20 @@ def accident(kind: str, scene: dict[str, Any]) -> None:
     elif kind in ("sentinel", "node"):
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii")
         sentinel = int(children.split()[0])
-        while not any(
-            "socket" in str(f.readlink()) for f in Path(f"/proc/{sentinel}/fd").iterdir()
-        ):
+        while not is_connected(sentinel, sockets=3 if scene["at"] == 0 else 1):
             time.sleep(0.1)
         time.sleep(0.5)  # until the hub has seen it, too
         os.kill(sentinel, signal.SIGKILL)
         if kind == "node":
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_connected(sentinel: int, *, sockets: int) -> bool:
+    """Whether a sentinel has reached its hub; that of rank 0 listens, connects and accepts."""
+    with contextlib.suppress(OSError):  # descriptors come and go
+        links = [str(path.readlink()) for path in Path(f"/proc/{sentinel}/fd").iterdir()]
+        return sum("socket" in link for link in links) >= sockets
+    return False
 
 
 def run_rank(ranks: Ranks, scene: dict[str, Any]) -> None:

@@ -93,8 +93,7 @@ class Hub:
         if "hello" in message and message.get("token") == self._token:
             rank = self._ranks[descriptor] = message["hello"]
             self._judge.hello(rank, message["host"], message["pid"], now)
-            self._roster[rank] = {k: message[k] for k in ("hello", "host", "pid", "place")}
-            self._tell({"roster": list(self._roster.values())})
+            self._introduce(rank, {k: message[k] for k in ("hello", "host", "pid", "place")})
         elif descriptor not in self._ranks:
             return  # a stranger
         elif "beat" in message:
@@ -113,6 +112,16 @@ class Hub:
             self._judge.left(self._ranks[descriptor], now)
         elif "dumped" in message:
             self._dumped.add(self._ranks[descriptor])
+
+    def _introduce(self, rank: int, new: Message) -> None:
+        """Makes sentinels of one machine known to each other, and rank 0 to all."""
+        self._roster[rank] = new
+        for descriptor, other in self._ranks.items():
+            if other == rank:
+                known = [r for r in self._roster.values() if _concerns(r, new["place"])]
+                self._lines[descriptor].send({"roster": known})
+            elif _concerns(new, self._roster[other]["place"]):
+                self._lines[descriptor].send({"roster": [new]})
 
     def _decide(self, now: float) -> float | None:
         """Ends the run if it must end; returns when this hub may."""
@@ -149,6 +158,10 @@ class Hub:
     def _tell(self, message: Message) -> None:
         for line in self._lines.values():
             line.send(message)
+
+
+def _concerns(found: Message, place: str) -> bool:
+    return bool(found["hello"] == 0 or found["place"] == place)
 
 
 def _stacks(run: Message) -> str:

@@ -20,7 +20,8 @@ ATTEMPTS = "attempts.json"
 LOCK = ".lock"
 LATEST = "latest"
 State = Literal["running", "done", "preempted", "failed"]
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a full disk, and of a full share of one."""
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def write_status(run_dir: Path, state: State, *, reason: str, step: int) -> None
     try:
         write_atomically(run_dir / STATUS, text)
     except OSError as error:
-        if error.errno not in _NO_ROOM or not _overwrite(run_dir / STATUS, text.encode()):
+        if error.errno not in NO_ROOM or not _overwrite(run_dir / STATUS, text.encode()):
             raise
 
 

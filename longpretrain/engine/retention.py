@@ -51,6 +51,33 @@ def remove_old(run_dir: Path, current: int, *, keep: int, keep_every_steps: int)
     return problems
 
 
+def make_room(run_dir: Path, newest: int, *, keep: int, keep_every_steps: int) -> list[str]:
+    """Removes, on a full disk, what would go after the next save: no such save would succeed else
+    on a disk with room for ``keep`` checkpoints and no more.
+
+    Args:
+        run_dir: the run folder.
+        newest: the step of the newest checkpoint that is whole, which stays whatever happens.
+        keep: see ``remove_old``; of 1, or of all, none can go.
+        keep_every_steps: see ``remove_old``.
+
+    Returns:
+        The names of those that went.
+    """
+    own = [path for step, path in checkpoint.folders(run_dir) if step <= newest]
+    going = own[: -(keep - 1)] if keep > 1 else []
+    removed = []
+    for path in going:
+        step = names.step_of(path) or 0
+        is_for_good = keep_every_steps and step % keep_every_steps == 0
+        if step == newest or is_for_good or path.is_symlink():
+            continue
+        with contextlib.suppress(OSError):
+            _remove(path)
+            removed.append(path.name)
+    return removed
+
+
 def remove_left_overs(run_dir: Path) -> None:
     """Removes what killed saves left. Nothing may be under way."""
     for pattern in LEFT_OVERS:

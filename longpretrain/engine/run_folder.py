@@ -97,7 +97,7 @@ def _check_same_recipe(config: Config) -> None:
     path = config.run_dir / CONFIG
     try:
         stored = from_tree(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, InputError) as error:
         raise InputError(
             str(path), got=error, wanted="the recipe of the run", way_out="Mend it, or use --fresh."
         ) from error

@@ -31,6 +31,7 @@ from longpretrain.config import Config
 from longpretrain.engine import retention
 from longpretrain.engine.complete import Written, complete, file_name
 from longpretrain.engine.gather import Share
+from longpretrain.engine.save_job import CALLED_OFF, CalledOffError, Job, Told, told
 from longpretrain.engine.task import Task
 from longpretrain.engine.tensor_file import write_tensors
 from longpretrain.engine.zero import ZeroEngine
@@ -41,29 +42,10 @@ FLAGS = 3
 RETRY_S = 60.0
 """After a save that failed the next is tried, if none is due before; twice as long each time."""
 _LONGEST_RETRY_S = 1800.0
+_SOON_S = 1.0
 ATTEMPTS_AT_END = 3
 _PAUSE_S = 5.0
 _NICE = 10
-
-
-class _CalledOffError(Exception):
-    """Another rank failed, or the run ends: what this thread writes is of no use."""
-
-
-@dataclass
-class _Job:
-    """What a thread does, and how it went."""
-
-    thread: threading.Thread | None = None
-    written: Written = field(default_factory=Written)
-    problems: list[str] = field(default_factory=list)
-    """Of no consequence for the checkpoint, such as an old one that cannot be removed."""
-    error: Exception | None = None
-    done_bytes: int = 0
-
-    @property
-    def is_busy(self) -> bool:
-        return self.thread is not None and self.thread.is_alive()
 
 
 @dataclass
@@ -75,7 +57,7 @@ class _Save:
     final: Path
     began: float
     phase: Literal["writing", "completing"] = "writing"
-    job: _Job = field(default_factory=_Job)
+    job: Job = field(default_factory=Job)
     waited_s: float = 0.0
     size_bytes: int = 0
 
@@ -135,7 +117,7 @@ class Saver:
 
     def flags(self) -> list[float]:
         """What this rank adds to the update's all-reduce: ``FLAGS`` numbers."""
-        job = self._save.job if self._save else _Job()
+        job = self._save.job if self._save else Job()
         busy = job.is_busy
         return [float(busy), float(not busy and job.error is not None), float(self._is_due_here())]
 
@@ -225,9 +207,9 @@ class Saver:
             (minutes and waited_s >= 60 * minutes) or (self._retry_s and waited_s >= self._retry_s)
         )
 
-    def _run(self, save: _Save, work: Callable[[_Job], None]) -> None:
+    def _run(self, save: _Save, work: Callable[[Job], None]) -> None:
         """Starts a thread of this phase; what goes wrong in it is kept."""
-        save.job = job = _Job()
+        save.job = job = Job()
 
         def run() -> None:
             with contextlib.suppress(OSError):  # training comes first where they share processors
@@ -241,15 +223,13 @@ class Saver:
         job.thread = threading.Thread(target=run, name=f"saver-{save.phase}", daemon=True)
         job.thread.start()
 
-    def _write(
-        self, job: _Job, part: Path, share: Mapping[str, Mapping[str, torch.Tensor]]
-    ) -> None:
+    def _write(self, job: Job, part: Path, share: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """The thread of every rank: its files. A failure gives their room back at once."""
 
         def tell(size: int) -> None:
             job.done_bytes += size
             if self._called_off.is_set():
-                raise _CalledOffError
+                raise CalledOffError
 
         hashes: dict[str, str] = {}
         paths = {kind: part / file_name(kind, self._rank, self._ranks) for kind in share}
@@ -266,7 +246,7 @@ class Saver:
         names = {paths[kind].name: sorted(tensors) for kind, tensors in share.items()}
         job.written = Written(hashes=hashes, sizes=sizes, tensors=names)
 
-    def _complete(self, save: _Save, job: _Job, everyone: Sequence[Written]) -> None:
+    def _complete(self, save: _Save, job: Job, everyone: Sequence[Written]) -> None:
         """The thread of rank 0: a checkpoint of what all have written."""
         settings = self._config.checkpoint
         self._metrics.sync()  # a resumed run goes on from the lines up to this step
@@ -279,39 +259,42 @@ class Saver:
         )
 
     def _wait(self, save: _Save) -> None:
-        """Joins this rank's thread. Only bytes that go out count as progress."""
+        """Joins this rank's thread. Only bytes that go out count as progress, and the same mark
+        again says so; a rank whose disk does not answer is one mark behind the others.
+        """
+        place = f"step {save.state['step']}: checkpoint"
         marked = -1
-        while save.job.thread is not None and save.job.is_busy:
+        while marked < 0 or (save.job.thread is not None and save.job.is_busy):
             if save.job.done_bytes != marked:
                 marked = save.job.done_bytes
-                self._mark(f"step {save.state['step']}: checkpoint")
-            save.job.thread.join(timeout=1.0)
+                self._mark(f"{place}, {save.phase}")
+            if save.job.thread is not None:
+                save.job.thread.join(timeout=1.0)
+        self._mark(f"{place}, {save.phase}: the other ranks")
 
     def _turn(self, save: _Save, *, since: float | None = None) -> None:
         """From one phase to the next; all ranks, no thread of theirs at work. ``since``: when the
         wait for it began.
         """
         error = save.job.error
-        told: list[tuple[Written, str, bool]] = [(Written(), "", False)] * self._ranks
-        mine = "" if error is None else _text(error)
-        is_bug = error is not None and not isinstance(error, OSError | _CalledOffError)
-        dist.all_gather_object(told, (save.job.written, mine, is_bug))
+        everyone = [Told()] * self._ranks
+        dist.all_gather_object(everyone, told(save.job))
         problems = [
-            f"rank {rank}: {text}" if self._ranks > 1 else text
-            for rank, (_, text, _) in enumerate(told)
-            if text
+            f"rank {rank}: {one.problem}" if self._ranks > 1 else one.problem
+            for rank, one in enumerate(everyone)
+            if one.problem
         ]
-        if any(bug for _, _, bug in told):
+        if any(one.is_bug for one in everyone):
             self._save = None
             raise RuntimeError("writing a checkpoint failed: " + "; ".join(problems)) from error
         if problems:
-            self._failed(save, problems)
+            self._failed(save, problems, is_full=any(one.is_full for one in everyone))
         elif save.phase == "writing":
             save.phase = "completing"
-            everyone = [written for written, _, _ in told]
-            save.job = _Job()
+            written = [one.written for one in everyone]
+            save.job = Job()
             if self._rank == 0:
-                self._run(save, lambda job: self._complete(save, job, everyone))
+                self._run(save, lambda job: self._complete(save, job, written))
         else:
             self._succeeded(save, since)
 
@@ -335,18 +318,29 @@ class Saver:
                 f"WARNING: an old checkpoint stays, as it cannot be removed: {problem}"
             )
 
-    def _failed(self, save: _Save, problems: Sequence[str]) -> None:
+    def _failed(self, save: _Save, problems: Sequence[str], *, is_full: bool) -> None:
         self._save = None
+        removed: list[str] = []
+        settings = self._config.checkpoint
         if self._rank == 0:
             shutil.rmtree(save.part, ignore_errors=True)
+            if is_full:
+                removed = retention.make_room(
+                    self._config.run_dir,
+                    self.saved_step,
+                    keep=settings.keep,
+                    keep_every_steps=settings.keep_every_steps,
+                )
         # Who was called off says so, after who called it off.
-        causes = [text for text in problems if not text.endswith(_text(_CalledOffError()))]
+        causes = [text for text in problems if not text.endswith(CALLED_OFF)]
         self._why = (causes or problems)[0]
         self._retry_s = min(max(RETRY_S, 2 * self._retry_s), _LONGEST_RETRY_S)
+        if removed:
+            self._retry_s = _SOON_S
         self._tried_at = time.monotonic()
-        then = ""
+        then = f". Removed {', '.join(removed)} to make room" if removed else ""
         if not self._is_last:
-            then = "; training goes on. Free some room: the next attempt is in "
+            then += "; training goes on. Free some room: the next attempt is in "
             then += f"{self._retry_s:.0f} s, or at the next interval if that is sooner"
         self._metrics.report(
             {
@@ -358,12 +352,3 @@ class Saver:
                 "reason": self._why,
             }
         )
-
-
-def _text(error: Exception) -> str:
-    if isinstance(error, _CalledOffError):
-        return "called off"
-    if isinstance(error, OSError) and error.errno:
-        where = f": {error.filename}" if error.filename else ""
-        return f"{os.strerror(error.errno).lower()}{where}"
-    return f"{type(error).__name__}: {error}"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -324,6 +325,8 @@ def main(argument: str) -> None:
     for number in _DEAF_TO:
         signal.signal(number, signal.SIG_IGN)
     facts = json.loads(argument)
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # one a rank, at the hub
     hub = None
     if facts.get("listener") is not None:
         judge = Judge(facts["world_size"], facts["dead_after_s"], facts["hung_after_s"])
@@ -343,6 +346,6 @@ def source() -> str:
     """What a bare interpreter runs to become a sentinel."""
     root = str(Path(__file__).resolve().parents[2])
     return (
-        f"import sys; sys.path.insert(0, {root!r}); "
+        f"import sys; sys.path.insert(0, {root!a}); "
         "from longpretrain.engine.sentinel import main; main(sys.argv[1])"
     )

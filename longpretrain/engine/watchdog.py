@@ -39,6 +39,8 @@ _VERDICT_S = 6.0
 _OWN_ERROR_S = 10.0
 """How long a rank with an error of its own may take to tell it."""
 _FAREWELL_S = 8.0
+_BACKLOG = 4096
+"""Sentinels that may knock at once."""
 _COLLECTIVE_WORDS = ("gloo", "nccl", "connection", "socket", "broken pipe", "store")
 """Of messages of a collective that another rank's end broke."""
 
@@ -205,8 +207,10 @@ def patience(settings: WatchdogConfig) -> timedelta:
 
 def _listener() -> socket.socket:
     if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", 0))
+        return socket.create_server(
+            ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG
+        )
+    return socket.create_server(("", 0), backlog=_BACKLOG)
 
 
 def _is_of_a_collective(error: BaseException) -> bool:

@@ -38,6 +38,7 @@ from longpretrain.engine.zero_config import read_zero_config, settings_of_recipe
 from longpretrain.errors import InputError
 from longpretrain.ranks import Ranks, free_port, publish
 
+_JOIN_TIMEOUT = timedelta(minutes=10)
 _NO_TIMEOUT = timedelta(days=30)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -80,13 +81,14 @@ def start_ranks(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = None if torch.distributed.is_initialized() else meet(ranks, is_stopped)
-    # DeepSpeed makes groups of its own, which take these.
-    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
-        setattr(torch.distributed.distributed_c10d, name, timeout)
+    # Until the watchdog is there, only this timeout notices a rank that is gone.
     deepspeed.init_distributed(
-        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=_JOIN_TIMEOUT
     )
     del store  # until here it kept the port: the group meets in it, too
+    torch.distributed.distributed_c10d._set_pg_timeout(timeout)
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of DeepSpeed's own groups
+        setattr(torch.distributed.distributed_c10d, name, timeout)
 
 
 def stop_ranks() -> None:

@@ -1,1 +1,1 @@
-"""``make fault-check``: what is done to runs on purpose, and what it costs them (see __main__.py)."""
+"""``make fault-check``: what is done to runs on purpose, and what it costs them."""

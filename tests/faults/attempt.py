@@ -8,7 +8,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +21,8 @@ from longpretrain.ranks import free_port
 PLAIN, TORCHRUN, DEEPSPEED = "plain processes", "torchrun", "deepspeed"
 WAYS = (PLAIN, TORCHRUN, DEEPSPEED)
 _LEAD = {
-    TORCHRUN: (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "RANKS")
-    + ("--master-port", "PORT", "launch.sh"),
-    DEEPSPEED: ("deepspeed", "--quiet", "--num_accelerators", "RANKS", "--master_port", "PORT")
-    + ("launch.sh",),
+    TORCHRUN: "torchrun --nproc-per-node RANKS --master-port PORT",
+    DEEPSPEED: "deepspeed --quiet --num_accelerators RANKS --master_port PORT",
 }
 PATIENCE_S = 120.0
 """How long anything may take on a machine that is busy with other things."""
@@ -65,9 +62,10 @@ class Attempt:
                 )
             return self
         filled = {"RANKS": str(self.ranks), "PORT": port}
+        lead = [filled.get(word, word) for word in f"{_LEAD[self.way]} launch.sh".split()]
         with self.output.open("ab") as output:
             self._launcher = subprocess.Popen(
-                [*(filled.get(word, word) for word in _LEAD[self.way]), *words],
+                [*lead, *words],
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -110,11 +108,10 @@ class Attempt:
             return [self._launcher.poll()]
         return [self.nursery.exit_code(number) for number in self._forked.values()]
 
-    def signal_all(self, number: signal.Signals) -> None:
-        """To every rank, as a launcher or Slurm would."""
-        for process in self.processes().values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, number)
+    def kill_launcher(self) -> None:
+        """Kills it alone; its ranks stay."""
+        assert self._launcher is not None
+        self._launcher.kill()
 
     def kill_all(self) -> set[int]:
         """Kills what is left, and says what that was."""
@@ -129,6 +126,8 @@ class Attempt:
 
     def said(self) -> str:
         """All that this and earlier attempts at the run printed."""
+        if not self.output.is_file():  # they have only just been started
+            return ""
         return self.output.read_text(encoding="utf-8", errors="replace")
 
 

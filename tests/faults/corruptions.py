@@ -85,8 +85,8 @@ class Corruptions:
                 problems = [] if ended and codes == [0, 0] else [f"{codes}: {said[-800:]}"]
                 if not problems:
                     problems = whole.not_the_same(run_dir, self._reference)
-                    if announced(said) != STEPS and "skipped" not in said:
-                        problems.append("no line says what was skipped")
+                    if announced(said) != STEPS and "going on from step-" not in said:
+                        problems.append("no line says why it did not go on from the newest")
             row.count([f"{seed}/{number}, {what}: {text}" for text in problems])
             row.lost += len(problems)
         return row

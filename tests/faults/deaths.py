@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from faults import whole
-from faults.attempt import PATIENCE_S, PLAIN, WAYS, Attempt, until
+from faults.attempt import PATIENCE_S, Attempt, until
 from faults.kills import UPDATE, Kill, Watch
 from faults.nursery import Nursery
 from faults.table import Row
@@ -46,7 +46,7 @@ class Deaths:
         draw = random.Random(seed)
         for number, name in enumerate(DEATHS[:count]):
             victim = draw.randrange(2)
-            run_dir = self._work / f"{way.split()[0]}-{number}" / "run"
+            run_dir = self._work / f"{way.partition(' ')[0]}-{number}" / "run"
             with Attempt(run_dir=run_dir, words=self._words, nursery=self._nursery, way=way) as it:
                 problems, took_s = _ended_by(it, victim, signal.Signals[name], draw)
             told = f"{seed}, {name} of rank {victim}"

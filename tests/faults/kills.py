@@ -76,13 +76,15 @@ def make_plan(seed: str, kills: int) -> list[Kill]:
 class Chains:
     """Runs chains of one setting, and keeps the run that nobody kills to compare them with."""
 
-    def __init__(self, work: Path, recipe: Path, nursery: Nursery, setting: str) -> None:
+    def __init__(
+        self, work: Path, recipe: Path, nursery: Nursery, setting: str, *, steps: int = STEPS
+    ) -> None:
         zero, precision = SETTINGS[setting]
         self._work = work / zero
         self._nursery = nursery
         self._words = [
             str(recipe),
-            f"schedule.total_steps={STEPS}",
+            f"schedule.total_steps={steps}",
             f"zero.config=ds_configs/{zero}.json",
             f"precision={precision}",
             f"checkpoint.every_steps={EVERY}",
@@ -143,7 +145,9 @@ class Chains:
     def finish(self) -> Row:
         """The row, with what the kills hit."""
         hits = ", ".join(f"{count} {what}" for what, count in self._hit.most_common())
-        again = f"{sum(self._repeated)} updates were done again, {max(self._repeated or [0])} at most"
+        again = (
+            f"{sum(self._repeated)} updates were done again, {max(self._repeated or [0])} at most"
+        )
         self.row.notes.append(f"hit {hits}; {again}")
         return self.row
 
@@ -238,7 +242,7 @@ class Watch:
         return (part is None) == (kill.moment == ENDS)
 
     def _has_begun(self) -> bool:
-        """Whether rank 0 has announced the training; from there on the journal is this attempt's."""
+        """Whether rank 0 has announced the training: then the journal is this attempt's."""
         if self._base < 0:
             found = announced(self._attempt.said())
             self._base = -1 if found is None else found

@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 from faults import hook
 
 
-
 def serve() -> None:
     """Answers requests until stdin ends, then takes every child along."""
     children: dict[int, int | None] = {}
@@ -101,7 +100,7 @@ def _import_everything() -> None:
     torch.set_num_threads(1)
     zero._deepspeed()
     with contextlib.suppress(ImportError):
-        import torch.utils.tensorboard  # noqa: F401
+        import torch.utils.tensorboard
 
 
 class Nursery:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from faults import whole
@@ -17,7 +18,7 @@ from faults.nursery import Nursery
 from faults.table import Row
 
 SECTION = "Every step of a save on the disk: 2 ranks"
-STEPS, EVERY, FROM = 8, 2, 2
+STEPS, EVERY, FROM = 6, 2, 2
 """Updates of a run, between its checkpoints, and where the attempts that suffer begin."""
 MOST = 400
 
@@ -39,12 +40,14 @@ class Steps:
         with self._attempt(self._reference, "checkpoint.keep=0") as attempt:
             assert attempt.wait(), attempt.said()[-3000:]
 
-    def kills(self, *, at: list[int] | None = None) -> Row:
+    def kills(self, *, at: Sequence[int] = range(MOST), ranks: Sequence[int] = (1, 0)) -> Row:
         """A rank dies before its n-th step, for every n of the first two saves."""
-        row = Row(section=SECTION, fault="kill -9 before the step", wanted="goes on to the same bits")
-        for rank in (1, 0):
-            for number in at or range(MOST):
-                fault = {"within": "/checkpoints", "at": number, "errors": 0, "errno": 0}
+        row = Row(
+            section=SECTION, fault="kill -9 before the step", wanted="goes on to the same bits"
+        )
+        for rank in ranks:
+            for number in at:
+                fault = {"within": "/checkpoints/", "at": number, "errors": 0, "errno": 0}
                 run_dir = self._begin(f"kill-{rank}-{number}")
                 with self._attempt(run_dir, fault={rank: fault}) as attempt:
                     ended, codes = attempt.wait(), attempt.codes()
@@ -58,15 +61,15 @@ class Steps:
                     shutil.rmtree(run_dir.parent)
         return row
 
-    def refusals(self, *, at: list[int] | None = None) -> Row:
+    def refusals(self, *, at: Sequence[int] = range(MOST), ranks: Sequence[int] = (1, 0)) -> Row:
         """The system refuses three changes of the disk in a row, from the n-th of a rank on."""
         row = Row(
             section=SECTION,
             fault="refused with ENOSPC or EIO, three in a row from the step on",
             wanted="training goes on, to the same bits",
         )
-        for rank in (1, 0):
-            for number in at or range(MOST):
+        for rank in ranks:
+            for number in at:
                 error = (errno.ENOSPC, errno.EIO)[number % 2]
                 fault = {"within": "/checkpoints/", "at": number, "errors": 3, "errno": error}
                 run_dir = self._begin(f"refuse-{rank}-{number}")

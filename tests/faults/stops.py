@@ -15,6 +15,7 @@ from pathlib import Path
 from faults import whole
 from faults.attempt import PATIENCE_S, PLAIN
 from faults.kills import MOMENTS, Chains, Kill, Watch, went_on_from
+from faults.nursery import Nursery
 from faults.table import Row
 
 SECTION = "Signals: 2 ranks, asked to stop; then the same command again, until the run is done"
@@ -42,9 +43,8 @@ def make_plan(seed: str, stops: int) -> list[tuple[str, Kill]]:
 class Stops(Chains):
     """Chains whose attempts are asked to stop, not killed."""
 
-    def __init__(self, *arguments: object) -> None:
-        super().__init__(*arguments)  # type: ignore[arg-type]
-        setting = self.row.fault.split(", ", 1)[1]
+    def __init__(self, work: Path, recipe: Path, nursery: Nursery, setting: str) -> None:
+        super().__init__(work, recipe, nursery, setting)
         self.row = Row(
             section=SECTION,
             fault=f"{', '.join(SIGNALS)}, {setting}",
@@ -66,7 +66,10 @@ class Stops(Chains):
                 return
         self.go_to_the_end(name, run_dir, len(plan))
 
-    def _stopped(self, run_dir: Path, number: int, signal_name: str, stop: Kill) -> list[str] | None:
+    def _stopped(
+        self, run_dir: Path, number: int, signal_name: str, stop: Kill
+    ) -> list[str] | None:
+        """One attempt, asked to stop; what is wrong afterwards. None if it was done before."""
         before = whole.pointed_at(run_dir)
         with self._attempt(run_dir, number, PLAIN) as attempt:
             watch = Watch(attempt)

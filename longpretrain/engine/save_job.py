@@ -1,0 +1,64 @@
+"""What a thread of a save does, how it went, and what its rank tells the others of it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass, field
+
+from longpretrain.engine.complete import Written
+from longpretrain.engine.names import NO_ROOM
+
+CALLED_OFF = "called off"
+
+
+class CalledOffError(Exception):
+    """Another rank failed, or the run ends: what this thread writes is of no use."""
+
+
+@dataclass
+class Job:
+    """What a thread does, and how it went."""
+
+    thread: threading.Thread | None = None
+    written: Written = field(default_factory=Written)
+    problems: list[str] = field(default_factory=list)
+    """Of no consequence for the checkpoint, such as an old one that cannot be removed."""
+    error: Exception | None = None
+    done_bytes: int = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether its thread runs."""
+        return self.thread is not None and self.thread.is_alive()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What a rank tells the others at the end of a phase."""
+
+    written: Written = field(default_factory=Written)
+    problem: str = ""
+    is_bug: bool = False
+    is_full: bool = False
+
+
+def told(job: Job) -> Told:
+    """Of a job that is over."""
+    error = job.error
+    if error is None:
+        return Told(written=job.written)
+    return Told(
+        problem=_text(error),
+        is_bug=not isinstance(error, OSError | CalledOffError),
+        is_full=isinstance(error, OSError) and error.errno in NO_ROOM,
+    )
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, CalledOffError):
+        return CALLED_OFF
+    if isinstance(error, OSError) and error.errno:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{os.strerror(error.errno).lower()}{where}"
+    return f"{type(error).__name__}: {error}"
