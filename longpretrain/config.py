@@ -146,7 +146,8 @@ class CheckpointConfig:
     every_minutes: float = 0.0
     """Minutes between checkpoints, beside every_steps. 0: off."""
     keep: int = 3
-    """Newest checkpoints that stay on disk; 0 keeps all."""
+    """Newest checkpoints that stay on disk; 0 keeps all. On a full disk the oldest of them goes
+    before the next is written, never the newest."""
     keep_every_steps: int = 0
     """Checkpoints of steps that are a multiple of this stay for good, beside keep. 0: none."""
     asynchronous: bool = True

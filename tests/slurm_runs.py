@@ -137,12 +137,21 @@ def submit(
     return Run(cluster=cluster, number=found[1], run_dir=run_dir, log=log)
 
 
-def tensors(run_dir: Path) -> dict[str, bytes]:
-    """Weights and moments of the newest checkpoint, to the bit."""
+def weights(run_dir: Path) -> dict[str, Any]:
+    """Of the newest checkpoint."""
+    return _tensors(run_dir, "model*.safetensors")
+
+
+def bits(run_dir: Path) -> dict[str, bytes]:
+    """Weights and moments of the newest checkpoint."""
+    return {name: array.tobytes() for name, array in _tensors(run_dir, "*.safetensors").items()}
+
+
+def _tensors(run_dir: Path, files: str) -> dict[str, Any]:
     folder = run_dir / "checkpoints" / (run_dir / "checkpoints" / "latest").read_text().strip()
     return {
-        f"{path.name} {name}": array.tobytes()
-        for path in sorted(folder.glob("*.safetensors"))
+        f"{re.split('[-.]', path.name)[0]} {name}": array
+        for path in sorted(folder.glob(files))
         for name, array in load_file(path).items()
     }
 
@@ -199,6 +208,6 @@ def preempt(
         tried=times,
         resumed=resumed,
         same_samples=cut.sample_ids() == whole.sample_ids(),
-        same_bits=tensors(cut.run_dir) == tensors(whole.run_dir),
+        same_bits=bits(cut.run_dir) == bits(whole.run_dir),
         slowest_stop_s=slowest_s,
     )

@@ -257,7 +257,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 JobRequeue=1
-KillWait=20
+KillWait=60
 MinJobAge=600
 PropagateResourceLimits=NONE
 {nodes}

@@ -42,13 +42,15 @@ def test_a_long_mark_is_cut() -> None:
 
 
 def test_no_reader_sees_half_a_mark() -> None:
-    """Another process writes all the while."""
+    """Another process writes all the while, with a pause now and then as a rank has."""
     marks = Marks()
     memory = open_marks(marks.descriptor)
     writer = os.fork()
     if not writer:
-        for count in range(2, 50_002):
+        for count in range(2, 20_002):
             marks.write(f"{count} " * (count % 100 + 1))
+            if count % 4 == 0:
+                time.sleep(2e-5)
         os._exit(0)
     seen = set()
     while os.waitpid(writer, os.WNOHANG) == (0, 0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import resource
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,18 @@ def test_a_full_disk_is_an_error_and_not_a_short_file() -> None:
     with full, pytest.raises(OSError, match="No space left") as caught:
         tensor_file._write_all(full.fileno(), memoryview(b"abc"))
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_disk_that_takes_a_part_first(tmp_path: Path) -> None:
+    """As one does that is nearly full: here the process's own limit on the size of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(5000)}, silent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "x.safetensors").stat().st_size == 5000
 
 
 def test_an_old_file_is_not_written_over(tmp_path: Path) -> None:

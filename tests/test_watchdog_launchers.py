@@ -30,8 +30,7 @@ IN_TIME_S = 15.0
 class Ended:
     """What was left of a run whose rank 1 was killed."""
 
-    rank: int
-    host_and_pid: str
+    process: str
     status: dict[str, Any]
     named_s: float
     ended_s: float
@@ -73,7 +72,7 @@ def kill_a_rank(launcher: str, recipe: Path, folder: Path) -> Ended:
             text = metrics.read_text(encoding="utf-8") if metrics.is_file() else ""
             return text.count('"kind": "train"') > 3 and len(ranks_of(run_dir)) == 2
 
-        until(trains, "no training")
+        until(trains, "no training", timeout_s=300)
         ranks = ranks_of(run_dir)
         struck = time.monotonic()
         os.kill(ranks[1], signal.SIGKILL)
@@ -83,8 +82,7 @@ def kill_a_rank(launcher: str, recipe: Path, folder: Path) -> Ended:
         ended_s = time.monotonic() - struck
         until(lambda: not ranks_of(run_dir), "ranks are left")
     return Ended(
-        rank=1,
-        host_and_pid=f"process {ranks[1]} on ",
+        process=f"process {ranks[1]}",
         status=status(run_dir),
         named_s=named_s,
         ended_s=ended_s,
@@ -130,7 +128,7 @@ def test_a_dead_rank_is_named(ended: dict[str, Future[Ended]], launcher: str) ->
         pytest.skip(why_no_slurm())
     run = ended[launcher].result()
     # Who started the rank may take its exit status away before anybody else can look.
-    wanted = rf"rank 1 \({run.host_and_pid}\S+\) died( of SIGKILL)? after step \d+: .+"
+    wanted = rf"rank 1 \({run.process} on \S+\) died( of SIGKILL)? after step \d+: .+"
     assert re.fullmatch(wanted, run.status["reason"]), run.status
     assert run.status["state"] == "failed", "not preempted, though launchers send SIGTERM"
     assert run.code not in (0, 75)

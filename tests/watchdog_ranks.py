@@ -49,14 +49,19 @@ def accident(kind: str, scene: dict[str, Any]) -> None:
     elif kind == "busy in C":
         ctypes.PyDLL(None).usleep(int(2.5e6 * scene["dead_after_s"]))
     elif kind in ("sentinel", "node"):
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii")
-        sentinel = int(children.split()[0])
+        sentinel = sentinel_of_this_process()
         while not is_connected(sentinel, sockets=3 if scene["at"] == 0 else 1):
             time.sleep(0.1)
         time.sleep(0.5)  # until the hub has seen it, too
         os.kill(sentinel, signal.SIGKILL)
         if kind == "node":
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sentinel_of_this_process() -> int:
+    """Its number: it is the only child."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii")
+    return int(children.split()[0])
 
 
 def is_connected(sentinel: int, *, sockets: int) -> bool:
@@ -79,6 +84,9 @@ def run_rank(ranks: Ranks, scene: dict[str, Any]) -> None:
         dead_after_s=scene["dead_after_s"], hung_after_s=scene["hung_after_s"]
     )
     with Watchdog(ranks, settings) as watchdog:
+        if scene["accident"] == "signals":  # launchers send them to all they find
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+                os.kill(sentinel_of_this_process(), number)
         watchdog.opened(run_dir)
         with watchdog.telling():
             for step in range(1, STEPS + 1):

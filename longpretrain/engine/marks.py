@@ -13,6 +13,9 @@ SIZE = 1024
 _HEAD = struct.Struct("=QQdH")
 """Count before and after a change, which differ during it; clock of this machine; bytes of text."""
 
+_TRIES = 1000
+"""A change takes microseconds, and they are far between."""
+
 
 class Marks:
     """The rank's side."""
@@ -46,7 +49,7 @@ def open_marks(descriptor: int) -> mmap.mmap:
 
 def read_mark(memory: mmap.mmap) -> tuple[int, float, str]:
     """How many marks there are, when the last was made, and what it says."""
-    for _ in range(100):
+    for _ in range(_TRIES):
         count, before, at, size = _HEAD.unpack_from(memory, 0)
         text = memory[_HEAD.size : _HEAD.size + size]
         if count == before and _HEAD.unpack_from(memory, 0)[0] == count:

@@ -31,7 +31,9 @@ from longpretrain.engine.verdict import Judge
 
 DUMP_SIGNAL = signal.SIGRTMIN + 9
 """Makes a rank write the stacks of its threads: faulthandler does, whatever holds the rank up."""
-_DEAF_TO = (
+SHARED = "LONGPRETRAIN_WATCHDOG_TOKEN"
+"""Environment variable with what all sentinels of a run share, and nobody else knows."""
+DEAF_TO = (
     signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE,
 )  # fmt: skip
 _TICK_S = 1.0
@@ -319,14 +321,16 @@ def main(argument: str) -> None:
     """The process.
 
     Args:
-        argument: facts as JSON: those of ``Sentinel``, descriptors ``marks`` and ``stacks``, and at
-            rank 0 ``listener``, ``world_size`` and ``hung_after_s`` for the hub.
+        argument: facts as JSON: those of ``Sentinel`` but the token, which is in the environment,
+            descriptors ``marks`` and ``stacks``, and at rank 0 ``listener``, ``world_size`` and
+            ``hung_after_s`` for the hub.
     """
-    for number in _DEAF_TO:
+    for number in DEAF_TO:
         signal.signal(number, signal.SIG_IGN)
-    facts = json.loads(argument)
+    facts = {**json.loads(argument), "token": os.environ[SHARED]}
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # one a rank, at the hub
+    with contextlib.suppress(OSError, ValueError):  # the hub needs one for each rank
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     hub = None
     if facts.get("listener") is not None:
         judge = Judge(facts["world_size"], facts["dead_after_s"], facts["hung_after_s"])

@@ -13,6 +13,7 @@ import faulthandler
 import json
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from longpretrain.config import WatchdogConfig
 from longpretrain.engine.lines import Lines
 from longpretrain.engine.marks import Marks
 from longpretrain.engine.names import read_status
-from longpretrain.engine.sentinel import DUMP_SIGNAL, source
+from longpretrain.engine.sentinel import DEAF_TO, DUMP_SIGNAL, SHARED, source
 from longpretrain.ranks import Ranks
 
 _FAILED = 1
@@ -72,15 +73,9 @@ class Watchdog:
         if listener:
             shared = [(listener.getsockname()[1], secrets.token_hex(16))]
         dist.broadcast_object_list(shared, src=0)
-        port, facts["token"] = shared[0]
+        port, token = shared[0]
         facts["hub"] = ["127.0.0.1" if listener else self._ranks.master_addr, port]
-        self._process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-I", "-S", "-c", source(), json.dumps(facts)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=[n for n in (facts["marks"], stacks, facts.get("listener")) if n is not None],
-            start_new_session=True,  # else a launcher kills it with its rank
-        )
+        self._process = self._start(facts, token)
         if listener:
             listener.close()
         assert self._process.stdin and self._process.stdout
@@ -120,6 +115,22 @@ class Watchdog:
         except BaseException as error:
             self._tell(error)
             raise
+
+    def _start(self, facts: dict[str, Any], token: str) -> subprocess.Popen[bytes]:
+        descriptors = [facts[name] for name in ("marks", "stacks", "listener") if name in facts]
+        # Until it is deaf to them by itself: what is blocked here is blocked there.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)
+        try:
+            return subprocess.Popen(  # noqa: S603
+                [sys.executable, "-I", "-S", "-c", source(), json.dumps(facts)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, SHARED: token},  # a command line is for all users to see
+                pass_fds=descriptors,
+                start_new_session=True,  # else a launcher kills it with its rank
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _facts(self, stacks: int, listener: socket.socket | None) -> dict[str, Any]:
         facts: dict[str, Any] = {

@@ -143,14 +143,20 @@ def until(is_so: Callable[[], object], timeout_s: float, pause_s: float = 0.01) 
 
 def is_alive(number: int) -> bool:
     """Whether a process runs; one that ended and was not waited for does not."""
-    text = _of_proc(number, "stat").decode(errors="replace").rpartition(")")[2].split()
+    text = of_proc(number, "stat").decode(errors="replace").rpartition(")")[2].split()
     return bool(text) and text[0] not in ("Z", "X")
+
+
+def parent_of(number: int) -> int:
+    """The process that started it, or took it over; 0 if it is gone."""
+    text = of_proc(number, "stat").decode(errors="replace").rpartition(")")[2].split()
+    return int(text[1]) if text else 0
 
 
 def _of_sessions(sessions: set[int]) -> set[int]:
     found = set()
     for number in _all():
-        text = _of_proc(number, "stat").decode(errors="replace").rpartition(")")[2].split()
+        text = of_proc(number, "stat").decode(errors="replace").rpartition(")")[2].split()
         if text and int(text[3]) in sessions and text[0] not in ("Z", "X"):
             found.add(number)
     return found
@@ -159,7 +165,7 @@ def _of_sessions(sessions: set[int]) -> set[int]:
 def _of_run(run_dir: Path) -> set[int]:
     """Processes that have the run folder in their command line."""
     word = f"run.dir={run_dir}".encode()
-    return {number for number in _all() if word in _of_proc(number, "cmdline").split(b"\0")}
+    return {number for number in _all() if word in of_proc(number, "cmdline").split(b"\0")}
 
 
 def _watchers(ranks: set[int]) -> set[int]:
@@ -170,12 +176,12 @@ def _watchers(ranks: set[int]) -> set[int]:
     return {
         number
         for number in _all()
-        if any(words in _of_proc(number, "cmdline") for words in wanted) and is_alive(number)
+        if any(words in of_proc(number, "cmdline") for words in wanted) and is_alive(number)
     }
 
 
 def _environment_of(number: int) -> dict[str, str]:
-    words = _of_proc(number, "environ").decode(errors="replace").split("\0")
+    words = of_proc(number, "environ").decode(errors="replace").split("\0")
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
@@ -183,7 +189,7 @@ def _all() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdecimal()]  # noqa: PTH208
 
 
-def _of_proc(number: int, name: str) -> bytes:
+def of_proc(number: int, name: str) -> bytes:
     """What the system tells of a process; nothing if it is gone."""
     try:
         return Path(f"/proc/{number}/{name}").read_bytes()

@@ -11,7 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from faults import whole
-from faults.attempt import DEEPSPEED, PATIENCE_S, PLAIN, TORCHRUN, Attempt, until
+from faults.attempt import (
+    DEEPSPEED,
+    PATIENCE_S,
+    PLAIN,
+    TORCHRUN,
+    Attempt,
+    of_proc,
+    parent_of,
+    until,
+)
 from faults.kills import UPDATE, Kill, Watch
 from faults.nursery import Nursery
 from faults.table import Row
@@ -89,12 +98,13 @@ class Mishaps:
         with self._attempt("loader", "data.loader_workers=1") as attempt:
             if not _trains(attempt):
                 return [attempt.said()[-800:]]
-            ranks = set(attempt.processes().values())
-            workers = [
+            # A fork server per rank has forked them: its command line is theirs as well.
+            forked = {
                 number
-                for number in attempt.all_processes() - ranks
-                if b"spawn_main" in Path(f"/proc/{number}/cmdline").read_bytes()
-            ]
+                for number in attempt.all_processes()
+                if b"multiprocessing.forkserver" in of_proc(number, "cmdline")
+            }
+            workers = sorted(number for number in forked if parent_of(number) in forked)
             if not workers:
                 return ["no loader worker was found"]
             os.kill(self._draw.choice(workers), signal.SIGKILL)
