@@ -6,6 +6,7 @@ something else with them. All functions here are collectives: every rank must ca
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -147,9 +148,12 @@ def need_shared(ranks: Ranks, path: Path) -> None:
     Raises:
         InputError: this rank sees another file there, or none.
     """
-    text = [path.read_text(encoding="utf-8") if ranks.is_first else ""]
+    seen = ""
+    with contextlib.suppress(OSError):  # who leaves here would leave the others in the broadcast
+        seen = path.read_text(encoding="utf-8")
+    text = [seen]
     dist.broadcast_object_list(text, src=0)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text[0]:
+    if not seen or seen != text[0]:
         raise InputError(
             f"run folder {path.parent}",
             got=f"another folder at rank {ranks.rank} than at rank 0",

@@ -200,14 +200,15 @@ def _train(options: argparse.Namespace) -> int:
             return requeue.begin(config, fresh=options.fresh, environment=os.environ)
         code, warned = options.attempt_ended, options.was_warned
         return requeue.end(config, code, warned=warned, environment=os.environ)
-    from longpretrain import training
-
     if options.check:
         from longpretrain.ranks import expected_world_size
+        from longpretrain.start import check
 
-        training.check(config, expected_world_size(os.environ) or 1, fresh=options.fresh)
+        check(config, expected_world_size(os.environ) or 1, fresh=options.fresh)
         return 0
-    return training.run_rank(config, fresh=options.fresh)
+    from longpretrain.training import run_rank
+
+    return run_rank(config, fresh=options.fresh)
 
 
 def _add_evaluate(verbs: Verbs) -> None:

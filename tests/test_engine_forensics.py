@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from longpretrain.engine.forensics import FP16_PATIENCE, MOST_DUMPS, Forensics
-from longpretrain.engine.loop import _update
 from longpretrain.engine.saver import Saver
 from longpretrain.engine.signals import StopRequest
+from longpretrain.engine.update import update_all
 from longpretrain.engine.zero import ZeroEngine
 from longpretrain.prepare import prepare
 from longpretrain.ranks import Ranks
@@ -270,7 +270,7 @@ class Small:
         self.engine.set_learning_rate(1e-3)
         stop, cpu = StopRequest(), torch.device("cpu")
         attempt = partial(
-            _update,
+            update_all,
             self.engine,
             self.task,
             batches,

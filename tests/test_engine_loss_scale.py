@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from longpretrain import training
 from longpretrain.cli import main
 from longpretrain.engine import zero
 from longpretrain.engine.zero import StepResult, ZeroEngine
@@ -33,7 +32,7 @@ def _fp16_on_the_cpu(process_group: None, monkeypatch: pytest.MonkeyPatch) -> It
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
-    monkeypatch.setattr(training, "check_precision", lambda *_: None)
+    monkeypatch.setattr("longpretrain.start.check_precision", lambda *_: None)
     yield
     while _started:  # DeepSpeed's hooks keep an engine alive
         _started.pop()._engine.destroy()

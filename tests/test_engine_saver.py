@@ -271,8 +271,8 @@ class TestFailures:
         run.update()
         run.task.error = OSError(errno.EIO, "Input/output error", "config.json")
         told = run.saver.save_last(run.state())
-        assert told.startswith("the checkpoint of step 2 could not be written (input/output error")
-        assert told.endswith("that of step 1 is the newest")
+        assert told.startswith("checkpoint of step 2: got input/output error: ")
+        assert told.endswith("start the run again: it goes on from step 1.")
         assert len(run.events()) == 1 + saver.ATTEMPTS_AT_END
         assert "training goes on" not in run.events()[-1]["event"]
         threading.Timer(0.1, lambda: setattr(run.task, "error", None)).start()
@@ -403,7 +403,7 @@ def test_a_disk_that_stays_full_fails_the_run_and_keeps_the_last_whole_one(
         assert exit_code("train", recipe, f"run.dir={run_dir}") == 1
         told = run_folder.read_status(run_dir)
         assert (told["state"], told["step"]) == ("failed", 2)
-        assert told["reason"].startswith("the checkpoint of step 8 could not be written (no space")
+        assert told["reason"].startswith("checkpoint of step 8: got no space left on device: ")
         assert candidates.look(run_dir).folder == run_dir / "checkpoints" / "step-000002"
         assert names(run_dir) == ["latest", "step-000002"]
         resize(100)

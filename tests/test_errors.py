@@ -19,8 +19,8 @@ import pytest
 import yaml
 from told import check_form, disk, exit_code
 
-from longpretrain import errors, terminal, training
-from longpretrain.engine import run_folder
+from longpretrain import errors, start, terminal
+from longpretrain.engine import run_folder, saver
 from longpretrain.prepare.inputs import InputFile, find_inputs
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -295,11 +295,12 @@ def test_no_room_for_a_checkpoint(
 ) -> None:
     """The run fails and says so in status.json too; with room again it goes on to the end."""
     monkeypatch.chdir(bad_place)
+    monkeypatch.setattr(saver, "_PAUSE_S", 0.0)
     words = ["train", "recipe.yaml", f"run.dir={tmp_path / 'run'}", "schedule.total_steps=3"]
     with largest_file(1_000_000):
         assert exit_code(*words) == 1
     told = check_form(capsys.readouterr().err, "train")
-    assert "safetensors: got file too large; wanted a file system" in told
+    assert "checkpoint of step 3: got file too large: " in told
     status = run_folder.read_status(tmp_path / "run")
     assert (status["state"], status["step"]) == ("failed", 0)
     assert exit_code(*words) == 0
@@ -349,7 +350,7 @@ def test_what_the_system_says_to_one_rank_stops_all(
         raise PermissionError(errno.EACCES, "Permission denied", "corpus/tokens-00000.bin")
 
     monkeypatch.chdir(bad_place)
-    monkeypatch.setattr(training, "open_corpus", denied)
+    monkeypatch.setattr(start, "open_corpus", denied)
     assert exit_code("train", "recipe.yaml", f"run.dir={tmp_path / 'run'}") == 2
     assert "tokens-00000.bin: got permission denied" in check_form(capsys.readouterr().err, "train")
     assert not (tmp_path / "run").exists()

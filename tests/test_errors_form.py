@@ -36,7 +36,7 @@ MAY_RAISE = {
     ("prepare/units.py", "told"): "the same",
     ("attention/memory.py", "OutOfMemoryError"): "torch's own, which callers look for",
     ("engine/forensics.py", "FloatingPointError"): "a run that diverges; status.json tells it too",
-    ("engine/loop.py", "RuntimeError"): "a fault of the hardware: weights differ between ranks",
+    ("engine/update.py", "RuntimeError"): "a fault of the hardware: weights differ between ranks",
     ("engine/complete.py", "OSError"): "saver.py tells it: a save that failed",
     ("engine/saver.py", "RuntimeError"): "a bug in our writing of checkpoints: a report for us",
     ("engine/zero.py", "RuntimeError"): "an invariant of DeepSpeed is broken: a report for us",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from faults.corruptions import Corruptions
-from faults.kills import BEGINS, ENDS, PLAIN, SAVE, Chains, Kill
+from faults.kills import BEGINS, ENDS, PLAIN, SAVE, Chains, Kill, make_plan
 from faults.nursery import Nursery
 from faults.steps import Steps
 from faults.table import Row, markdown
@@ -50,3 +50,23 @@ def test_a_save_that_dies_or_is_refused_midway(
 ) -> None:
     steps = Steps(tmp_path, small_run / "recipe.yaml", nursery)
     check(steps.kills(at=[19], ranks=(0,)), steps.refusals(at=[14], ranks=(0,)))
+
+
+def test_a_seed_makes_one_plan() -> None:
+    assert make_plan("7/a", 20) == make_plan("7/a", 20) != make_plan("8/a", 20)
+    assert {kill.victim for kill in make_plan("7/a", 60)} == {0, 1, -1}
+
+
+def test_the_table_can_fail() -> None:
+    """Nothing tried, something lost, or one try of many that came out otherwise: not met."""
+    row = Row(section="s", fault="f", wanted="w")
+    assert not row.ok
+    row.count([])
+    assert row.ok
+    row.lost = 1
+    assert not row.ok
+    row.lost = 0
+    row.count(["it did not end"])
+    assert not row.ok
+    assert "**NOT MET**" in markdown([row])
+    assert "it did not end" in markdown([row])

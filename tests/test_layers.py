@@ -39,24 +39,24 @@ MAY_IMPORT = {
     "agreement": {"ranks", "terminal"},
     "run_facts": {"agreement", "code_version", "config", "engine", "tasks"},
     "announce": {"config", "engine", "ranks", "report", "run_facts", "tasks"},
-    "training": {
-        "agreement",
-        "announce",
-        "run_facts",
-        "attention",
-        "config",
-        "ranks",
-        "engine",
-        "report",
-        "tasks",
-        "evaluate",
-    }
-    | {"data", "model"},
+    "start": {"agreement", "attention", "config", "data", "engine", "evaluate", "model", "ranks"}
+    | {"run_facts", "tasks"},
+    "training": {"agreement", "announce", "config", "engine", "model", "ranks", "report", "start"},
     "demo": {"recipe", "report", "evaluate", "data", "model"},
     "cli_prepare": {"data", "prepare", "report", "terminal"},
     "verify_run": {"engine", "recipe", "report"},
     "requeue": {"config", "engine", "terminal"},
-    "cli": {"config", "recipe", "ranks", "convert", "data", "evaluate", "report", "training"}
+    "cli": {
+        "config",
+        "recipe",
+        "ranks",
+        "convert",
+        "data",
+        "evaluate",
+        "report",
+        "start",
+        "training",
+    }
     | {"cli_prepare", "requeue", "terminal", "verify_run"},
     "terminal": set(),
     "__main__": {"cli", "terminal"},

@@ -153,7 +153,7 @@ class TestPacked:
         assert all(grad is not None and torch.isfinite(grad).all() for grad in grads)
 
     def test_held_out_text_is_not_packed(self, make_task) -> None:
-        """A packed run is scored by document (training.py); HeldOut knows no other way."""
+        """A packed run is scored by document (start.py); HeldOut knows no other way."""
         task = make_task("data.blocks=packed")
         with pytest.raises(
             InputError, match=r"blocks of held-out text: got packed; .*Say document"

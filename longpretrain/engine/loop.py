@@ -8,7 +8,6 @@ on how the batch was cut into ranks and micro-batches.
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,11 +24,11 @@ from longpretrain.config import Config, to_tree
 from longpretrain.engine import checkpoint
 from longpretrain.engine.forensics import Forensics
 from longpretrain.engine.loader import Loader
-from longpretrain.engine.nonfinite import Trace
-from longpretrain.engine.saver import FLAGS, Saver
+from longpretrain.engine.saver import Saver
 from longpretrain.engine.signals import StopRequest
-from longpretrain.engine.task import Batch, Task
-from longpretrain.engine.zero import StepResult, ZeroEngine
+from longpretrain.engine.task import Task
+from longpretrain.engine.update import Update, gather_sample_ids, slowest_rank, update_all
+from longpretrain.engine.zero import ZeroEngine
 from longpretrain.errors import InputError
 from longpretrain.ranks import Ranks
 from longpretrain.report.metrics import MetricsLog
@@ -67,23 +66,6 @@ class _Progress:
         self.samples_done += config.batch.global_sequences
         self.skipped += not applied
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Update:
-    """What one update did, the same on every rank; loss is the mean in nats per masked token."""
-
-    loss: float
-    result: StepResult
-    masked_tokens: int
-    tokens: int
-    stop_asked: bool
-    saver_flags: list[float]
-    losses: list[torch.Tensor]
-    """This rank's, by micro-batch: nats, summed over its masked tokens."""
-    rank_seconds: list[float]
-    """By rank: what it spent waiting for its batches and on its forward passes, in which (but for
-    ZeRO 3) it waits for no other rank. On a GPU the passes count as the host sees them."""
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
@@ -166,7 +148,7 @@ def train(
             mark(f"step {step}: forward and backward")
             seed = hidden_dropout_seed(config.run.seed, step, ranks.rank)
             attempt = partial(
-                _update,
+                update_all,
                 engine,
                 task,
                 micro_batches,
@@ -185,9 +167,9 @@ def train(
             )
             progress.advance(config, applied=update.result.applied)
             more: dict[str, object] = {"lr": rate, "data_wait_s": waited_s}
-            more |= _slowest(update.rank_seconds)
+            more |= slowest_rank(update.rank_seconds)
             if config.log.sample_ids:
-                more["sample_ids"] = _gather_sample_ids(task, micro_batches)
+                more["sample_ids"] = gather_sample_ids(task, micro_batches)
             more["step_s"] = time.monotonic() - started
             _log_update(metrics, task, progress, update, more)
             saver.advance(update.saver_flags)
@@ -243,111 +225,12 @@ def _start(
     )
 
 
-def _update(
-    engine: ZeroEngine,
-    task: Task,
-    micro_batches: list[Batch],
-    device: torch.device,
-    stop: StopRequest,
-    *,
-    saver: Saver,
-    seed: int,
-    waited_s: float,
-    trace: Trace | None = None,
-) -> _Update:
-    """One update over all micro-batches of all ranks; the same one again if called again, as long
-    as the weights have not moved.
-    """
-    torch.manual_seed(seed)
-    count, tokens = _sum_over_ranks(
-        [
-            sum(task.count(batch) for batch in micro_batches),
-            sum(task.tokens(batch) for batch in micro_batches),
-        ],
-        device,
-    )
-    count = max(count, 1.0)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    losses: list[torch.Tensor] = []
-    own_s = waited_s
-    for number, batch in enumerate(micro_batches, start=1):
-        on_device = {key: x.to(device, non_blocking=True) for key, x in batch.items()}
-        if trace:
-            trace.start(len(task.sample_ids(batch)))
-        began = time.monotonic()
-        loss = task.loss(engine, on_device)
-        own_s += time.monotonic() - began
-        if trace:
-            trace.end(loss)
-        losses.append(loss.detach())
-        loss_sum += losses[-1].double()
-        engine.backward(loss / count)
-        if number < len(micro_batches):
-            engine.micro_step()
-    if trace:
-        trace.read_tables()
-    result = engine.step()
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    seconds = [own_s if number == rank else 0.0 for number in range(ranks)]
-    nats, stops, applied, *others = _sum_over_ranks(
-        [float(loss_sum), float(stop.asked), float(result.applied), *saver.flags(), *seconds],
-        device,
-    )
-    if applied not in (0.0, float(ranks)):
-        raise RuntimeError(
-            f"{int(applied)} of {ranks} ranks applied an update, the others found its gradient not "
-            "finite: their weights differ now; the run stops before a checkpoint holds them"
-        )
-    return _Update(
-        loss=nats / count,
-        result=result,
-        masked_tokens=int(count),
-        tokens=int(tokens),
-        stop_asked=stops > 0,
-        losses=losses,
-        saver_flags=others[:FLAGS],
-        rank_seconds=others[FLAGS:],
-    )
-
-
-def _slowest(rank_seconds: list[float]) -> dict[str, object]:
-    """Which rank the others wait for, and for how long; nothing to tell of one rank."""
-    if len(rank_seconds) < 2:
-        return {}
-    slowest = max(range(len(rank_seconds)), key=rank_seconds.__getitem__)
-    return {
-        "slowest_rank": slowest,
-        "slowest_rank_s": rank_seconds[slowest],
-        "median_rank_s": statistics.median(rank_seconds),
-    }
-
-
-def _sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
-    vector = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(vector)
-    return [float(value) for value in vector.tolist()]
-
-
-def _gather_sample_ids(task: Task, micro_batches: list[Batch]) -> list[int]:
-    """Ids of the samples that every rank really collated for one update, in the order of their
-    numbers.
-    """
-    everyone: list[list[list[int]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, [task.sample_ids(batch) for batch in micro_batches])
-    return [
-        found
-        for number in range(len(micro_batches))
-        for of_rank in everyone
-        for found in of_rank[number]
-    ]
-
-
 def _is_due(step: int, every: int, total: int) -> bool:
     return bool(every) and (step % every == 0 or step == total)
 
 
 def _log_update(
-    metrics: MetricsLog, task: Task, progress: _Progress, update: _Update, more: dict[str, object]
+    metrics: MetricsLog, task: Task, progress: _Progress, update: Update, more: dict[str, object]
 ) -> None:
     scale = update.result.loss_scale
     metrics.report(

@@ -35,6 +35,7 @@ from longpretrain.engine.save_job import CALLED_OFF, CalledOffError, Job, Told, 
 from longpretrain.engine.task import Task
 from longpretrain.engine.tensor_file import write_tensors
 from longpretrain.engine.zero import ZeroEngine
+from longpretrain.errors import InputError
 from longpretrain.files import told_as
 from longpretrain.report.metrics import MetricsLog
 
@@ -192,9 +193,14 @@ class Saver:
             self.finish()
             if self.saved_step == state["step"]:
                 return ""
-        return (
-            f"the checkpoint of step {state['step']} could not be written ({self._why}); that of "
-            f"step {self.saved_step} is the newest"
+        last = f"from step {self.saved_step}" if self.saved_step else "at the beginning"
+        return str(
+            InputError(
+                f"checkpoint of step {state['step']}",
+                got=self._why,
+                wanted="a disk that takes it",
+                way_out=f"Free some room and start the run again: it goes on {last}.",
+            )
         )
 
     def _is_due_here(self) -> bool:

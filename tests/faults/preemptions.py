@@ -10,7 +10,7 @@ from slurm_testbed import testbed, why_no_slurm
 from faults.table import Row
 
 SECTION = "Slurm: two nodes, preempted, requeued, resumed"
-STEPS_EACH = 10
+STEPS_EACH = 12
 
 
 def preempted(work: Path, recipe: Path, seed: int, times: int) -> Row:

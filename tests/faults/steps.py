@@ -76,12 +76,12 @@ class Steps:
                 with self._attempt(run_dir, fault={rank: fault}) as attempt:
                     ended, codes, said = attempt.wait(), attempt.codes(), attempt.said()
                 problems = self._as_if_nothing(run_dir, ended, codes, said)
-                row.count([f"rank {rank}, step {number}: {text}" for text in problems])
-                row.lost += len(problems)
                 if not problems:
                     shutil.rmtree(run_dir.parent)
-                if HIT not in said:
+                if HIT not in said and not problems:
                     break  # there were no more steps
+                row.count([f"rank {rank}, step {number}: {text}" for text in problems])
+                row.lost += len(problems)
         return row
 
     def _as_if_nothing(
