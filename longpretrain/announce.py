@@ -55,7 +55,7 @@ def announce(
     sequences, length = config.batch.global_sequences, config.data.max_tokens
     event(
         f"{'resumed' if resume_from else 'started'}: {folder}, step {step} of "
-        f"{config.schedule.total_steps}; {ranks.world_size} ranks by {ranks.launcher}, "
+        f"{config.schedule.total_steps}; {ranks.summary}, "
         f"{config.precision}, {config.zero.config}; {sequences} x {length} = "
         f"{sequences * length:,} tokens per update; {task.sources.summary}",
         world_size=ranks.world_size,

@@ -53,6 +53,11 @@ class Ranks:
         """Rank 0 writes what exists once: logs, metrics, status."""
         return self.rank == 0
 
+    @property
+    def summary(self) -> str:
+        """How many there are and who started them, for people."""
+        return f"{self.world_size} rank{'s' * (self.world_size > 1)} by {self.launcher}"
+
 
 def discover(environment: Mapping[str, str] | None = None) -> Ranks:
     """Finds this process's rank.

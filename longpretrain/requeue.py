@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from longpretrain.config import Config
 from longpretrain.engine import names
@@ -34,9 +35,10 @@ _DEFAULT_MOST = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Attempts:
-    """What a run folder remembers of a job's attempts."""
+    """What a run folder remembers of one job's attempts: of each its own, for a job that is
+    submitted twice by mistake must not change what is known of the first.
+    """
 
-    job: str = ""
     step: int = 0
     """Of the newest checkpoint, when they were counted last."""
     restarts: int = 0
@@ -67,19 +69,19 @@ def begin(config: Config, *, fresh: bool, environment: Mapping[str, str]) -> int
         0 to go on, 1 if the job was restarted in vain often enough.
     """
     run_dir, job = config.run_dir, environment["SLURM_JOB_ID"]
-    seen = _read(run_dir)
+    seen = _read(run_dir, job)
     is_first = environment.get("SLURM_RESTART_COUNT", "0") == "0"
     if is_first:
         due = fresh and (run_dir / names.CONFIG).is_file()  # then this note moves aside, too
-        seen = Attempts(job=job, step=_kept_step(run_dir), fresh_is_due=due)
-    elif seen.job != job or seen.is_open:  # the attempt before ended without a word
-        seen, why_not = _counted(seen, job, run_dir, environment, crashed=False)
+        seen = Attempts(step=_kept_step(run_dir), fresh_is_due=due)
+    elif not seen or seen.is_open:  # the attempt before ended without a word
+        seen, why_not = _counted(seen or Attempts(), run_dir, environment, crashed=False)
         if why_not:
             print(f"longpretrain train: job {job} is given up: {why_not}", file=sys.stderr)
             return FAILED
     if fresh and (is_first or seen.fresh_is_due):
         print("--fresh")
-    _write(run_dir, replace(seen, is_open=True, began=time.time()))
+    _write(run_dir, job, replace(seen, is_open=True, began=time.time()))
     return 0
 
 
@@ -96,8 +98,8 @@ def end(config: Config, code: int, *, warned: bool, environment: Mapping[str, st
         what the batch script should end with.
     """
     run_dir, job = config.run_dir, environment["SLURM_JOB_ID"]
-    seen = _read(run_dir)
-    status = _status_of(run_dir, code, since=seen.began if seen.job == job else 0.0)
+    seen = _read(run_dir, job) or Attempts()
+    status = _status_of(run_dir, code, since=seen.began)
     standing = _standing(job, environment)
     standing = replace(standing, is_warned=standing.is_warned or warned)
     why_not, code = decide(status, code, standing)
@@ -107,10 +109,10 @@ def end(config: Config, code: int, *, warned: bool, environment: Mapping[str, st
         return code
     if not why_not:
         crashed = status.get("state") != "preempted"
-        seen, why_not = _counted(seen, job, run_dir, environment, crashed=crashed)
+        seen, why_not = _counted(seen, run_dir, environment, crashed=crashed)
     if not why_not:
         run_dir.mkdir(parents=True, exist_ok=True)
-    _write(run_dir, replace(seen, job=job, is_open=False))
+    _write(run_dir, job, replace(seen, is_open=False))
     if not why_not:  # told before, as Slurm then ends the batch script and its processes
         print(f"longpretrain train: job {job} is requeued", file=sys.stderr, flush=True)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -146,11 +148,10 @@ def decide(status: Mapping[str, object], code: int, standing: Standing) -> tuple
 
 
 def _counted(
-    seen: Attempts, job: str, run_dir: Path, environment: Mapping[str, str], *, crashed: bool
+    seen: Attempts, run_dir: Path, environment: Mapping[str, str], *, crashed: bool
 ) -> tuple[Attempts, str]:
     """With one more restart, if it counts; and why it is one too many, or ""."""
     step, most = _kept_step(run_dir), _most_restarts(environment)
-    seen = replace(seen, job=job)
     if step > seen.step:
         seen = replace(seen, step=step, restarts=0)
         if not crashed:
@@ -230,17 +231,24 @@ def _most_restarts(environment: Mapping[str, str]) -> int:
     return int(text)
 
 
-def _read(run_dir: Path) -> Attempts:
-    """A note that is missing or damaged is one of nothing."""
-    with contextlib.suppress(InputError, TypeError):
-        found = Attempts(**read_json_object(run_dir / names.ATTEMPTS))
+def _read(run_dir: Path, job: str) -> Attempts | None:
+    """The job's note. One that is damaged is none."""
+    with contextlib.suppress(TypeError):
+        found = Attempts(**_notes(run_dir)[job]) if job in _notes(run_dir) else None
         kinds = {field: type(value) for field, value in vars(Attempts()).items()}
-        if all(isinstance(value, kinds[field]) for field, value in vars(found).items()):
+        if found and all(isinstance(value, kinds[field]) for field, value in vars(found).items()):
             return found
-    return Attempts()
+    return None
 
 
-def _write(run_dir: Path, attempts: Attempts) -> None:
+def _notes(run_dir: Path) -> dict[str, Any]:
+    """Of all jobs."""
+    with contextlib.suppress(InputError):
+        return read_json_object(run_dir / names.ATTEMPTS)
+    return {}
+
+
+def _write(run_dir: Path, job: str, attempts: Attempts) -> None:
     if run_dir.is_dir():  # not made here: a job with bad input leaves no run folder
-        note = json.dumps(dataclasses.asdict(attempts), indent=1) + "\n"
-        write_atomically(run_dir / names.ATTEMPTS, note)
+        notes = {**_notes(run_dir), job: dataclasses.asdict(attempts)}
+        write_atomically(run_dir / names.ATTEMPTS, json.dumps(notes, indent=1) + "\n")

@@ -37,8 +37,7 @@ def run_rank(config: Config, *, fresh: bool) -> int:
     """
     ranks = discover()
     device = pick_device(config.run.device, ranks.local_rank)
-    about = f"{ranks.world_size} ranks by {ranks.launcher}"
-    with RankLog(ranks.rank, about) as printed, StopRequest() as stop:
+    with RankLog(ranks.rank, ranks.summary) as printed, StopRequest() as stop:
         # A person's Ctrl-C ends the wait for other ranks; a scheduler's signal is kept until there
         # is a checkpoint to leave, or the job would not be requeued.
         asked = lambda: stop.signal_name == "SIGINT"  # noqa: E731

@@ -130,7 +130,7 @@ def test_a_trace_changes_no_bit_and_its_tables_are_true(precision: str, stage: s
         largest = float(parameter.grad.abs().max()) * (SCALE if precision == "fp16" else 1.0)
         assert row["largest"] == pytest.approx(largest, rel=tolerance)
     for row, parameter in zip(trace.weights, plain.parameters(), strict=True):
-        assert row["largest"] == float(parameter.abs().max())
+        assert row["largest"] == float(parameter.detach().abs().max())
 
 
 @pytest.mark.parametrize(("precision", "stage"), PAIRS)
@@ -174,7 +174,10 @@ def test_a_gradient_may_overflow_where_the_loss_does_not(precision: str, stage: 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize(("precision", "stage"), [p for p in PAIRS if p[0] != "fp16"])
+@pytest.mark.parametrize(
+    ("precision", "stage"),
+    [("fp32", "zero0"), ("fp32", "zero1"), ("fp32", "zero3"), ("bf16", "zero2")],
+)
 @pytest.mark.parametrize(("size", "what"), [(2e38, "sum"), (1e30, "norm")])
 def test_a_sum_may_overflow_where_its_parts_do_not(
     precision: str, stage: str, size: float, what: str

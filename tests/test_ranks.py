@@ -181,3 +181,8 @@ def test_publish_sets_what_torch_reads() -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "1234",
     }
+
+
+@pytest.mark.parametrize(("size", "wanted"), [(1, "1 rank by srun"), (2, "2 ranks by srun")])
+def test_summary(size: int, wanted: str) -> None:
+    assert Ranks(world_size=size, launcher="srun").summary == wanted

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,36 @@ def test_a_bar_leaves_its_last_state_only(
         for share in range(100):
             sys.stderr.write(f"\r{share}% done")
         sys.stderr.write("\r\nnext\n")
+        for share in range(100):  # for days on a terminal, and no line of it ends
+            sys.stderr.write(f"\r{share}% done")
+            sys.stderr.write("\r")
+            assert len(sys.stderr._line) < 20  # type: ignore[attr-defined]
+        sys.stderr.write(f"\r{' ' * 8}\r")  # it is wiped away
     assert logged(tmp_path)[1:] == ["99% done", "next", "--- ends ---"]
+
+
+def test_threads_that_print_lose_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(letter: str) -> None:
+        for _ in range(2000):
+            sys.stdout.write(letter)
+            sys.stdout.write("\n")
+
+    before = sys.getswitchinterval()
+    with RankLog(3, "threads") as log:
+        log.begin(tmp_path)
+        threads = [threading.Thread(target=work, args=(letter,)) for letter in "abc"]
+        sys.setswitchinterval(1e-6)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(before)
+    letters = "".join(logged(tmp_path)[1:-1])
+    assert {letter: letters.count(letter) for letter in "abc"} == dict.fromkeys("abc", 2000)
 
 
 def test_a_full_disk_is_told_once_and_ends_nothing(

@@ -172,8 +172,8 @@ def test_a_run_folder_that_was_never_made_counts_too(job: Job) -> None:
 
 def test_a_new_job_counts_from_zero(job: Job) -> None:
     job.leaves("failed", "rank 1 died")
-    (job.run_dir / names.ATTEMPTS).write_text(json.dumps({"job": "6", "restarts": 3}))
-    assert job.begin(0) == 0
+    (job.run_dir / names.ATTEMPTS).write_text(json.dumps({"7": {"restarts": 3}}))
+    assert job.begin(0) == 0  # its number was another's, long ago
     assert job.end(137) == 0
     assert job.is_requeued()
 
@@ -241,9 +241,29 @@ def test_fresh_counts_once(job: Job, capsys: pytest.CaptureFixture[str]) -> None
     assert not counts(1)
 
 
+def test_a_second_job_does_not_change_the_note_of_the_first(
+    job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command, submitted twice by mistake: with --fresh, too."""
+    second = {"SLURM_JOB_ID": "8"}
+    job.begin(0, fresh=True)
+    job.leaves("running")
+    assert job.end(137) == 0
+    job.begin(1, fresh=True)
+    job.leaves("running", step=50)
+    begin(job.config, fresh=True, environment=second)
+    assert end(job.config, 2, warned=False, environment=second) == 2  # refused by the lock
+    job.leaves("preempted", "SIGUSR1", step=50)
+    assert job.end(75) == 0
+    capsys.readouterr()
+    assert job.begin(2, fresh=True) == 0
+    assert "--fresh" not in capsys.readouterr().out
+
+
 def test_a_damaged_note_is_none(job: Job) -> None:
     job.leaves("failed", "rank 1 died")
-    for text in ("", "[]", "{", '{"more": 1}', '{"restarts": "3"}'):
+    for note in ("", "[]", "{", "7", '{"more": 1}', '{"restarts": "3"}'):
+        text = f'{{"7": {note}}}'
         (job.run_dir / names.ATTEMPTS).write_text(text)
         assert job.begin(1) == 0
         assert job.end(137) == 0

@@ -118,12 +118,17 @@ class _Tee:
         self.stream = stream
         self._log: RankLog | None = log
         self._line = ""
+        self._lock = threading.RLock()
 
     def write(self, text: str) -> int:
-        if self._log is not None:
-            *whole, self._line = (self._line + text).split("\n")
-            for line in whole:
-                self._log.take(_last_shown(line))
+        with self._lock:  # threads print, too
+            log = self._log
+            if log is not None:
+                *whole, rest = (self._line + text).split("\n")
+                # A bar on a terminal ends no line in days: what it wrote over is gone at once.
+                self._line = _last_shown(rest) + "\r" * rest.endswith("\r")
+                for line in whole:
+                    log.take(_last_shown(line))
         return self.stream.write(text)
 
     def writelines(self, lines: Any) -> None:
@@ -132,8 +137,9 @@ class _Tee:
 
     def end(self) -> None:
         """Hands over an unfinished line; from now on nothing is copied."""
-        log, self._log = self._log, None
-        if log is not None and _last_shown(self._line):
+        with self._lock:
+            log, self._log = self._log, None
+        if log is not None and _last_shown(self._line).strip():
             log.take(_last_shown(self._line))
 
     def __getattr__(self, name: str) -> Any:

@@ -188,7 +188,7 @@ class Cells:
 
     def _fail(self, way: Way, run_dir: Path, problems: list[str]) -> str:
         """A rate that no weights survive: 20 updates in a row are non-finite."""
-        more = ("optim.lr=1e30", "checkpoint.every_steps=4")
+        more = ("optim.lr=1e30", "checkpoint.every_steps=1")
         code = wait_for(self._start(way, run_dir, 100, *more))
         status = status_of(run_dir)
         latest = (run_dir / "checkpoints" / "latest").read_text().strip()
