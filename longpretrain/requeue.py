@@ -141,7 +141,8 @@ def decide(status: Mapping[str, object], code: int, standing: Standing) -> tuple
     if state == "preempted":
         is_asked = reason in ("SIGTERM", "SIGINT") and standing == Standing()
         return f"{reason} asked it to stop" if is_asked else "", code
-    was_refused = code == BAD_INPUT and not status  # once it trains, a machine may be to blame
+    # Once it trains, a machine may be to blame, and it has failed; what runs is another job's.
+    was_refused = code == BAD_INPUT and state in (None, "running")
     if was_refused or ": FloatingPointError: " in reason:
         return "it would fail again in the same way", code
     return "", code

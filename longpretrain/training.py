@@ -123,7 +123,7 @@ def _is_done(config: Config, ranks: Ranks, checkpoint_folder: Path) -> bool:
     if step < total:
         return False
     if ranks.is_first:
-        if names.read_status(config.run_dir).get("state") != "done":
+        if not (run_folder.how_it_ended(config.run_dir) or "").startswith("done: "):
             reason = f"all {total} updates"
             names.write_status(config.run_dir, "done", reason=reason, step=step)
         _mend_pointer(config, checkpoint_folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
@@ -48,6 +49,18 @@ def test_a_good_folder_passes_every_check(folder: Path) -> None:
     lines = report.lines()
     assert lines[0].split() == ["check", "got", "limit"]
     assert all(line.startswith("ok ") for line in lines[1:])
+
+
+def test_a_flipped_byte_of_a_checkpoint_is_found(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    state = {"files": {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()}}
+    (folder / "state.json").write_text(json.dumps(state))
+    assert verify(folder, folder).ok
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(InputError, match=r"model\.safetensors: got sha256"):
+        verify(folder)
 
 
 def test_a_roberta_with_a_tokenizer_passes_until_they_disagree(

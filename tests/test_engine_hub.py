@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -75,7 +76,10 @@ def test_strangers_are_not_heard() -> None:
     mine = {"host": "n1", "pid": 4711, "place": "here"}
     stranger.send({"bye": 0})
     with socket.create_connection(address) as browser:
-        browser.sendall(b"GET / HTTP/1.0\r\n\r\n\xff\xfe\n")
+        browser.sendall(b"GET / HTTP/1.0\r\n\r\n\xff\xfe\n" + b"[" * 200_000 + b"\n")
+    with socket.create_connection(address) as flood, contextlib.suppress(ConnectionError):
+        flood.sendall(b"x" * (32 << 20))
+        assert flood.recv(1) == b""
     ours.send({"hello": 0, "token": "the token", **mine})
     assert json.dumps(wait_for(ours, "roster")["roster"]) == json.dumps([{"hello": 0, **mine}])
     liar.send({"hello": 0, "token": "a guess", **mine})

@@ -70,6 +70,40 @@ def test_another_recipe_is_refused_once_there_is_work_to_lose(tmp_path: Path) ->
             run_folder.check_run_dir(config(tmp_path / "run.old-1"), fresh=False)
 
 
+@pytest.mark.parametrize(
+    ("status", "event", "step"),
+    [
+        ('{"state": "done", "step": 12}', "", 12),
+        (
+            '{"state": "running", "step": 0}',
+            '{"kind": "event", "step": 8, "checkpoint": "step-000008"}',
+            8,
+        ),
+        ("damaged", '{"kind": "event", "step": 8, "checkpoint": "step-000008"}', 8),
+        (
+            '{"state": "failed", "step": 0}',
+            '{"kind": "event", "step": 8, "checkpoint_failed": "x"}',
+            None,
+        ),
+        ('{"step": "odd"}', "damaged\n{}", None),
+    ],
+    ids=["status", "journal", "damaged status", "none written", "all damaged"],
+)
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(
+    tmp_path: Path, status: str, event: str, step: int | None
+) -> None:
+    run = config(tmp_path / "run")
+    open_run(run, fresh=False)
+    (run.run_dir / "status.json").write_text(status)
+    (run.run_dir / "metrics.jsonl").write_text(f"{event}\n")
+    refused = contextlib.nullcontext()
+    if step:
+        refused = pytest.raises(InputError, match=f"no checkpoint, though that of step {step} was")
+    with refused:
+        run_folder.check_run_dir(run, fresh=False)
+    run_folder.check_run_dir(run, fresh=True)
+
+
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     refused = pytest.raises(InputError, match="a run that is going on")
     with run_folder.only_writer(tmp_path), refused, run_folder.only_writer(tmp_path):
@@ -304,8 +338,10 @@ class TestResume:
         assert "latest is missing: the newest whole" in capsys.readouterr().out
         before = disk(run_dir / "checkpoints")
         (run_dir / "checkpoints" / "latest").write_text("step-0000\n")
+        (run_dir / "status.json").write_text("")
         assert exit_code("train", begun[0], f"run.dir={run_dir}") == 0
         assert "is done, all 3 updates" in capsys.readouterr().out
+        assert run_folder.read_status(run_dir)["state"] == "done", "mended"
         assert disk(run_dir / "checkpoints") == before
 
     def test_the_first_model_is_needed_no_more(

@@ -259,6 +259,25 @@ class TestFailures:
             run.saver.finish()
         assert checkpoint.latest(run.run_dir) is None
 
+    def test_weights_that_overflow_are_no_checkpoint(self, start: Callable[..., Run]) -> None:
+        """A finite gradient, and a learning rate that takes the weights out of their range."""
+        run = start()
+        run.update()
+        run.saver.begin(run.state())
+        run.saver.finish()
+        run.engine.set_weights(lambda name: torch.full(run.engine.whole_shape(name), 1e4))
+        run.engine.set_learning_rate(5e37)
+        run.update()
+        run.saver.begin(run.state())
+        told = r"step-000002 is refused, that of step 1 stays: .* is not finite: weights have overf"
+        with pytest.raises(FloatingPointError, match=told):
+            run.saver.finish()
+        assert names(run.run_dir) == ["latest", "step-000001"]
+        run.saver = run.new_saver()  # a run that begins so, as with a NaN in a row never used
+        run.saver.begin(run.state())
+        run.saver.finish()
+        assert run.saved(2) == run.weights()
+
     def test_the_last_one_is_tried_again_and_then_told(
         self, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -412,7 +431,11 @@ def test_a_disk_that_stays_full_fails_the_run_and_keeps_the_last_whole_one(
 
 
 def test_files_that_may_not_grow_so_large(
-    recipe: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The process's own limit, which needs no root; also what some file systems say."""
     monkeypatch.setattr(saver, "_PAUSE_S", 0.0)
@@ -426,6 +449,9 @@ def test_files_that_may_not_grow_so_large(
     told = run_folder.read_status(run_dir)
     assert (told["state"], told["step"]) == ("failed", 0)
     assert "file too large" in told["reason"]
+    out, err = capsys.readouterr()
+    assert f"longpretrain train: {told['reason']}\n" in err
+    assert f"failed, at step 0; {run_dir / 'status.json'}\n" in out, "said once, and not here"
     assert names(run_dir) == []
     assert exit_code("train", recipe, f"run.dir={run_dir}") == 0
     same(run_dir, whole)

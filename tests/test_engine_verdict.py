@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from longpretrain.engine.verdict import ROLL_CALL_S, WINDOW_S, Judge, Kind
+from longpretrain.engine.verdict import GONE, ROLL_CALL_S, START_S, WINDOW_S, Judge, Kind
 
 FAREWELL_S = 5.0
 
@@ -138,6 +138,21 @@ def test_a_stopped_rank_does_not_answer() -> None:
     assert said.startswith("rank 1 (process 4711 on n1) does not answer (stopped for 10 s)")
 
 
+@pytest.mark.parametrize(
+    ("kind", "detail", "told"),
+    [
+        ("stopped", "does not answer (stopped for 10 s)", "do not answer (stopped for 10 s)"),
+        ("lost", GONE, "are gone, and their nodes or watchdogs with them, after step 4: forward"),
+    ],
+)
+def test_several_ranks_are_told_of_in_the_plural(kind: Kind, detail: str, told: str) -> None:
+    made = judge()
+    beats(made, 100.0)
+    for rank in (1, 2):
+        made.trouble(rank, kind, detail, 100.0)
+    assert f"(process 4712 on n2) {told}" in (made.verdict(101.0) or "")
+
+
 def test_a_pause_of_the_judge_itself_accuses_nobody() -> None:
     made = judge()
     made.forget_pause(500.0)
@@ -181,6 +196,21 @@ def test_hung_ranks_that_stand_out_are_named(behind: tuple[int, ...]) -> None:
     else:
         assert "at step 5: batch, the others at step 5: forward" in said
         assert [rank for rank in range(4) if f"rank {rank} " in said] == [*behind]
+
+
+def test_reading_a_corpus_before_the_run_folder_is_opened_is_no_hang() -> None:
+    """Rank 0 may hash it for longer than any step takes; the others wait for that."""
+    made = judge(2, hung_after_s=60.0)
+    made.is_opened = False
+    for now in (100.0, START_S):
+        for rank in range(2):
+            made.beat(rank, count=2, age_s=now, mark="the check", stopped_s=0.0, now=now)
+        assert not made.is_hung(now)
+    assert made.is_hung(START_S + 1.0)
+    assert made.hung_sentence("RUN").startswith("no progress for 10800 s: no rank stands out")
+    made.opened(START_S + 1.0)
+    assert not made.is_hung(START_S + 60.0)
+    assert made.is_hung(START_S + 62.0)
 
 
 def test_one_rank_that_goes_on_is_no_hang() -> None:

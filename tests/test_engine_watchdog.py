@@ -184,6 +184,8 @@ def test_a_stopped_rank_does_not_keep_its_launcher_waiting(
         scene = scenes[name].result()
         assert scene.codes[rank] == -signal.SIGKILL
         assert scene.seconds[rank] < IN_TIME_S
+        # Where all ranks are stopped, rank 0's sentinel is the only one that can tell.
+        assert scene.output(rank) == ([] if rank else [f"longpretrain train: {scene.reason}"])
 
 
 def test_a_rank_with_an_error_of_its_own_tells_it_itself(
@@ -280,7 +282,7 @@ def test_all_groups_have_that_timeout() -> None:
     device = torch.device("cpu")
     zero.start_ranks(Ranks(), device, timeout=timedelta(seconds=777))
     groups = [dist.group.WORLD, dist.new_group([0])]
-    timeouts = [group._get_backend(device).options._timeout for group in groups]  # type: ignore
+    timeouts = [group._get_backend(device).options._timeout for group in groups]
     zero.start_ranks(Ranks(), device)
     dist.destroy_process_group(groups[1])
     assert timeouts == [timedelta(seconds=777)] * 2

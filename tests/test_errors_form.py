@@ -38,6 +38,7 @@ MAY_RAISE = {
     ("engine/forensics.py", "FloatingPointError"): "a run that diverges; status.json tells it too",
     ("engine/update.py", "RuntimeError"): "a fault of the hardware: weights differ between ranks",
     ("engine/complete.py", "OSError"): "saver.py tells it: a save that failed",
+    ("engine/saver.py", "FloatingPointError"): "weights overflowed; status.json tells it too",
     ("engine/saver.py", "RuntimeError"): "a bug in our writing of checkpoints: a report for us",
     ("engine/zero.py", "RuntimeError"): "an invariant of DeepSpeed is broken: a report for us",
     ("engine/process_watch.py", "ProcessLookupError"): "as the system does; the callers catch it",

@@ -28,6 +28,7 @@ from longpretrain.evaluate import (
     score,
     token_losses,
 )
+from longpretrain.files import sha256
 from longpretrain.model import LongformerForMaskedLM, ModelConfig, save_model
 
 VOCAB = 261
@@ -355,6 +356,20 @@ def test_a_run_folder_means_its_latest_checkpoint(
     assert by_run.results == by_step.results
     assert (by_run.global_tokens, plain.global_tokens) == ("first", "none")
     assert by_run.bits != plain.bits
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_no_score(
+    tmp_path: Path, corpus: Path, tokenizer: Tokenizer
+) -> None:
+    folder = model_folder(tmp_path / "step-000001", tokenizer, tiny_model(max_tokens=128))
+    weights = folder / "model.safetensors"
+    (folder / "state.json").write_text(json.dumps({"files": {weights.name: sha256(weights)}}))
+    evaluate(folder, corpus, max_tokens=[64], sequences=1)
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(InputError, match=r"model\.safetensors: got sha256 .*older checkpoint"):
+        evaluate(folder, corpus, max_tokens=[64], sequences=1)
 
 
 @pytest.mark.parametrize(

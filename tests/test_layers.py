@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "code_version": {"attention"},
     "engine": {"code_version", "config", "recipe", "schedule", "ranks", "report", "nvidia_apex"},
     "convert": {"config", "model", "data"},
-    "evaluate": {"config", "model", "data"},
+    "evaluate": {"config", "convert", "model", "data"},
     "agreement": {"ranks", "terminal"},
     "run_facts": {"agreement", "code_version", "config", "engine", "tasks"},
     "announce": {"config", "engine", "ranks", "report", "run_facts", "tasks"},

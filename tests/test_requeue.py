@@ -51,6 +51,9 @@ DIED = {"state": "failed", "reason": "rank 1 (process 5 on n2) died"}
         ),
         pytest.param({}, 75, WARNED, "", 75, id="stopped before the ranks ran"),
         pytest.param({}, 2, RUNNING, "would fail again", 2, id="bad input"),
+        pytest.param(
+            {"state": "running"}, 2, RUNNING, "would fail again", 2, id="the run of another job"
+        ),
         pytest.param(DIED, 137, RUNNING, "", 137, id="a rank died"),
         pytest.param({"state": "running"}, 0, RUNNING, "", 1, id="all ranks were killed"),
         pytest.param(
@@ -89,14 +92,14 @@ class Job:
     def says(self, text: str) -> None:
         self.answer.write_text(f"JobId=7 {text}\n")
 
-    def leaves(self, state: str, reason: str = "", *, step: int = 0) -> None:
+    def leaves(self, state: str, reason: str = "", *, step: int = 0, time: float = 4e9) -> None:
         """What the ranks of an attempt leave."""
         folder = self.run_dir / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
         (self.run_dir / names.CONFIG).write_text(yaml.safe_dump({}))
         if step:
             (folder / names.LATEST).write_text(f"step-{step:06d}\n")
-        status = {"state": state, "reason": reason, "step": step, "time": 4e9}
+        status = {"state": state, "reason": reason, "step": step, "time": time}
         (self.run_dir / names.STATUS).write_text(json.dumps(status))
 
     def begin(self, restarts: int, *, fresh: bool = False) -> int:
@@ -180,18 +183,14 @@ def test_a_new_job_counts_from_zero(job: Job) -> None:
 
 def test_what_an_older_attempt_left_does_not_count(job: Job) -> None:
     """It was preempted; this one was refused before its ranks said anything."""
-    job.leaves("preempted", "SIGUSR1", step=3)
-    status = json.loads((job.run_dir / names.STATUS).read_text())
-    (job.run_dir / names.STATUS).write_text(json.dumps({**status, "time": 1.0}))
+    job.leaves("preempted", "SIGUSR1", step=3, time=1.0)
     job.begin(1)
     assert job.end(2) == 2
     assert not job.is_requeued()
 
 
 def test_a_run_that_was_done_before_is_done(job: Job) -> None:
-    job.leaves("done", step=3)
-    status = json.loads((job.run_dir / names.STATUS).read_text())
-    (job.run_dir / names.STATUS).write_text(json.dumps({**status, "time": 1.0}))
+    job.leaves("done", step=3, time=1.0)
     job.begin(0)
     assert job.end(0) == 0
     assert not job.is_requeued()
@@ -250,7 +249,7 @@ def test_a_second_job_does_not_change_the_note_of_the_first(
     job.leaves("running")
     assert job.end(137) == 0
     job.begin(1, fresh=True)
-    job.leaves("running", step=50)
+    job.leaves("running", step=50, time=1.0)  # before the second
     begin(job.config, fresh=True, environment=second)
     assert end(job.config, 2, warned=False, environment=second) == 2  # refused by the lock
     job.leaves("preempted", "SIGUSR1", step=50)

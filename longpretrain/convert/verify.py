@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longpretrain.convert.read import has_tokenizer, model_folder, need_expressible
+from longpretrain.convert.read import has_tokenizer, model_folder, need_expressible, run_state
 from longpretrain.data.tokenizer import ByteLevelBPE, load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.model import (
@@ -106,20 +106,27 @@ def verify(folder: Path | str, other: Path | str | None = None) -> VerifyReport:
         other: another one.
 
     Raises:
-        InputError: a folder does not read; alone, transformers is not installed or cannot compute
-            such a model.
+        InputError: a folder does not read, or is a checkpoint with an altered file; alone,
+            transformers is not installed or cannot compute such a model.
     """
     if other is not None:
-        return VerifyReport(rows=tuple(_compare(model_folder(folder), model_folder(other))))
+        return VerifyReport(rows=tuple(_compare(_whole(folder), _whole(other))))
     reason = why_no_transformers()
     if reason:
         raise InputError(
             "verify", got=reason, wanted="transformers to compare with",
             way_out="pip install 'longpretrain[dev]', or compare two folders: verify A B.",
         )  # fmt: skip
-    folder = model_folder(folder)
+    folder = _whole(folder)
     need_expressible(folder, read_config(folder))
     return VerifyReport(rows=tuple(_check_folder(folder)))
+
+
+def _whole(folder: Path | str) -> Path:
+    """The model folder, and no altered checkpoint."""
+    found = model_folder(folder)
+    run_state(found)
+    return found
 
 
 def _check_folder(folder: Path) -> Iterator[VerifyRow]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from longpretrain.engine.lines import Lines, Message
 from longpretrain.engine.names import pointed_at, read_status, step_of, write_status
-from longpretrain.engine.verdict import Judge
+from longpretrain.engine.verdict import GONE, Judge
 from longpretrain.errors import InputError
 
 _POLL_S = 0.1
@@ -83,8 +83,7 @@ class Hub:
             line.close()
             del self._lines[descriptor]
             if descriptor in self._ranks:
-                detail = "is gone, and its node or its watchdog with it,"
-                self._judge.trouble(self._ranks.pop(descriptor), "lost", detail, now)
+                self._judge.trouble(self._ranks.pop(descriptor), "lost", GONE, now)
             return
         for message in messages or []:
             self._take(descriptor, message, now)
@@ -103,6 +102,7 @@ class Hub:
             self._lines[descriptor].send({"beat": 0, "run": self._run})
         elif "run" in message:
             self._run = message["run"]
+            self._judge.opened(now)
             self._tell({"beat": 0, "run": self._run})
         elif "died" in message:
             self._judge.trouble(message["died"], "died", message["detail"], now)

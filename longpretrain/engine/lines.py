@@ -12,6 +12,8 @@ Message = dict[str, Any]
 
 _SEND_S = 1.0
 """For an end that does not read: what watches others must not wait for them."""
+_LONGEST = 1 << 20
+"""Bytes of a message: what is longer is a stranger's."""
 
 
 class Lines:
@@ -57,9 +59,11 @@ class Lines:
         if not data:
             return None
         *whole, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _LONGEST:
+            return None
         found = []
         for line in whole:
-            with contextlib.suppress(ValueError):  # a stranger's, at an open port
+            with contextlib.suppress(ValueError, RecursionError):  # a stranger's, at an open port
                 message = json.loads(line)
                 if isinstance(message, dict):
                     found.append(message)

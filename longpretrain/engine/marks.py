@@ -10,11 +10,18 @@ import struct
 import time
 
 SIZE = 1024
-_HEAD = struct.Struct("=QQdH")
-"""Count before and after a change, which differ during it; clock of this machine; bytes of text."""
+_CHANGE = struct.Struct("=Q")
+"""Number of the change that was begun last, and of the one that was ended: they differ during it.
+"""
+_BEGUN, _ENDED, _HEAD_AT = 0, 8, 16
+_HEAD = struct.Struct("=QdH")
+"""Count of marks; clock of this machine; bytes of text."""
+_TEXT_AT = _HEAD_AT + _HEAD.size
 
-_TRIES = 1000
-"""A change takes microseconds, and they are far between."""
+_TRIES, _PAUSE_S = 500, 1e-3
+"""A change takes microseconds, or as long as a busy machine lets another process run instead. One
+that never ends is of a rank that was killed or stopped in it.
+"""
 
 
 class Marks:
@@ -24,17 +31,19 @@ class Marks:
         self.descriptor = os.memfd_create("longpretrain-marks")
         os.ftruncate(self.descriptor, SIZE)
         self._memory = mmap.mmap(self.descriptor, SIZE)
-        self._count, self._text = 0, b""
+        self._changes, self._count, self._text = 0, 0, b""
         self.write("its start")
 
     def write(self, what: str) -> None:
         """One more mark. The same again says that the rank goes on, and does not count."""
-        text = what.encode()[: SIZE - _HEAD.size]
-        before, self._count = self._count, self._count + (text != self._text)
+        text = what.encode()[: SIZE - _TEXT_AT]
+        self._changes += 1
+        self._count += text != self._text
         self._text = text
-        _HEAD.pack_into(self._memory, 0, self._count, before, time.monotonic(), len(text))
-        self._memory[_HEAD.size : _HEAD.size + len(text)] = text
-        _HEAD.pack_into(self._memory, 0, self._count, self._count, time.monotonic(), len(text))
+        _CHANGE.pack_into(self._memory, _BEGUN, self._changes)
+        _HEAD.pack_into(self._memory, _HEAD_AT, self._count, time.monotonic(), len(text))
+        self._memory[_TEXT_AT : _TEXT_AT + len(text)] = text
+        _CHANGE.pack_into(self._memory, _ENDED, self._changes)
 
     def close(self) -> None:
         """Lets go of the memory."""
@@ -50,8 +59,10 @@ def open_marks(descriptor: int) -> mmap.mmap:
 def read_mark(memory: mmap.mmap) -> tuple[int, float, str]:
     """How many marks there are, when the last was made, and what it says."""
     for _ in range(_TRIES):
-        count, before, at, size = _HEAD.unpack_from(memory, 0)
-        text = memory[_HEAD.size : _HEAD.size + size]
-        if count == before and _HEAD.unpack_from(memory, 0)[0] == count:
+        (ended,) = _CHANGE.unpack_from(memory, _ENDED)
+        count, at, size = _HEAD.unpack_from(memory, _HEAD_AT)
+        text = memory[_TEXT_AT : _TEXT_AT + size]
+        if ended and _CHANGE.unpack_from(memory, _BEGUN) == (ended,):  # 0 while it is packed
             break
+        time.sleep(_PAUSE_S)
     return count, at, text.decode(errors="replace")

@@ -29,6 +29,7 @@ from longpretrain.errors import InputError
 from longpretrain.files import PROBE, need_writable, write_atomically
 from longpretrain.ranks import Ranks
 from longpretrain.recipe import from_tree
+from longpretrain.report.metrics import read_metrics
 
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -64,6 +65,8 @@ def check_run_dir(config: Config, *, fresh: bool) -> None:
         _check_movable(config)
     elif is_run and (checkpoint.folders(run_dir) or pointed_at(run_dir)):
         _check_same_recipe(config)
+    elif is_run:
+        _check_nothing_lost(run_dir)
     place = run_dir.absolute().parent if fresh and run_dir.exists() else run_dir
     need_writable(place, what="run folder", way_out="Give another run.dir, or make it writable.")
 
@@ -91,6 +94,27 @@ def _check_movable(config: Config) -> None:
                 wanted="inputs outside of the run folder",
                 way_out="Move them, or give another run.dir.",
             )
+
+
+def _check_nothing_lost(run_dir: Path) -> None:
+    """Refuses a run without checkpoints that had some: someone removed them, or a disk is not there
+    today.
+    """
+    steps = [0]
+    with contextlib.suppress(InputError, OSError):
+        step = read_status(run_dir).get("step")
+        steps += [step] if isinstance(step, int) else []
+    with contextlib.suppress(InputError, OSError):
+        lines = read_metrics(run_dir / "metrics.jsonl")
+        steps += [line["step"] for line in lines if "checkpoint" in line]
+    if max(steps) > 0:
+        raise InputError(
+            f"run folder {run_dir}",
+            got=f"no checkpoint, though that of step {max(steps)} was written",
+            wanted="one to go on from",
+            way_out="Take one back from a copy, or start anew with --fresh, which moves this run "
+            "aside.",
+        )
 
 
 def _check_same_recipe(config: Config) -> None:
@@ -183,7 +207,9 @@ def status(config: Config, ranks: Ranks) -> Iterator[Callable[[State, str, int],
         has_ended = True
         if ranks.is_first:
             write_status(run_dir, state, reason=reason, step=step)
-            print(f"{state}: {reason}, at step {step}; {run_dir / STATUS}", flush=True)
+            # Why it failed is told as an error.
+            what = state if state == "failed" else f"{state}: {reason}"
+            print(f"{what}, at step {step}; {run_dir / STATUS}", flush=True)
         dist.barrier()
 
     try:

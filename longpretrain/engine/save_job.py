@@ -6,6 +6,9 @@ import os
 import threading
 from dataclasses import dataclass, field
 
+import numpy as np
+import torch
+
 from longpretrain.engine.complete import Written
 from longpretrain.engine.names import NO_ROOM
 
@@ -41,6 +44,7 @@ class Told:
     problem: str = ""
     is_bug: bool = False
     is_full: bool = False
+    has_overflowed: bool = False
 
 
 def told(job: Job) -> Told:
@@ -50,14 +54,24 @@ def told(job: Job) -> Told:
         return Told(written=job.written)
     return Told(
         problem=_text(error),
-        is_bug=not isinstance(error, OSError | CalledOffError),
+        is_bug=not isinstance(error, OSError | CalledOffError | FloatingPointError),
+        has_overflowed=isinstance(error, FloatingPointError),
         is_full=isinstance(error, OSError) and error.errno in NO_ROOM,
     )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no number of it is an infinity or a NaN. By numpy, which takes one processor: torch
+    would take those of the training beside it.
+    """
+    return bool(np.isfinite(tensor.detach().float().cpu().numpy()).all())
 
 
 def _text(error: Exception) -> str:
     if isinstance(error, CalledOffError):
         return CALLED_OFF
+    if isinstance(error, FloatingPointError):
+        return str(error)
     if isinstance(error, OSError) and error.errno:
         where = f": {error.filename}" if error.filename else ""
         return f"{os.strerror(error.errno).lower()}{where}"

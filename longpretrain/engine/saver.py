@@ -31,7 +31,7 @@ from longpretrain.config import Config
 from longpretrain.engine import retention
 from longpretrain.engine.complete import Written, complete, file_name
 from longpretrain.engine.gather import Share
-from longpretrain.engine.save_job import CALLED_OFF, CalledOffError, Job, Told, told
+from longpretrain.engine.save_job import CALLED_OFF, CalledOffError, Job, Told, is_finite, told
 from longpretrain.engine.task import Task
 from longpretrain.engine.tensor_file import write_tensors
 from longpretrain.engine.zero import ZeroEngine
@@ -96,11 +96,16 @@ class Saver:
         self._save: _Save | None = None
         self._called_off = threading.Event()
         self._is_time = self._is_last = False
-        names = [uuid.uuid4().hex[:8]]
         if self._rank == 0:
             retention.remove_left_overs(config.run_dir)
-        dist.broadcast_object_list(names, src=0)  # nobody writes before the left-overs are gone
-        self._attempt = names[0]
+        everyone = [("", [""])] * self._ranks
+        mine = [name for name in engine.trained_names if not is_finite(engine.own_part(name))]
+        # Nobody writes before the left-overs are gone.
+        dist.all_gather_object(everyone, (uuid.uuid4().hex[:8], mine))
+        self._attempt = everyone[0][0]
+        self._never_finite = {
+            stored for _, found in everyone for name in found for stored in task.stored_names(name)
+        }
 
     def __enter__(self) -> Self:
         return self
@@ -239,6 +244,9 @@ class Saver:
 
         hashes: dict[str, str] = {}
         paths = {kind: part / file_name(kind, self._rank, self._ranks) for kind in share}
+        for name, tensor in share["model"].items():
+            if name not in self._never_finite and not is_finite(tensor):
+                raise FloatingPointError(f"{name} is not finite: weights have overflowed")
         try:
             part.mkdir(parents=True, exist_ok=True)
             for kind, tensors in share.items():
@@ -290,6 +298,15 @@ class Saver:
             for rank, one in enumerate(everyone)
             if one.problem
         ]
+        if any(one.has_overflowed for one in everyone):  # and never comes back: no use to go on
+            self._save = None
+            if self._rank == 0:
+                shutil.rmtree(save.part, ignore_errors=True)
+            newest = f"that of step {self.saved_step} stays" if self.saved_step else "there is none"
+            raise FloatingPointError(
+                f"checkpoint {save.final.name} is refused, {newest}: {'; '.join(problems)}. "
+                "Start anew with a lower optim.lr"
+            )
         if any(one.is_bug for one in everyone):
             self._save = None
             raise RuntimeError("writing a checkpoint failed: " + "; ".join(problems)) from error
@@ -346,7 +363,10 @@ class Saver:
         self._tried_at = time.monotonic()
         then = f". Removed {', '.join(removed)} to make room" if removed else ""
         if not self._is_last:
-            then += "; training goes on. Free some room: the next attempt is in "
+            then += "; training goes on. "
+            then += (
+                "Free some room: the next attempt is in " if is_full else "The next attempt is in "
+            )
             then += f"{self._retry_s:.0f} s, or at the next interval if that is sooner"
         self._metrics.report(
             {

@@ -6,7 +6,8 @@ all others at once. It imports nothing heavy, is deaf to what asks a run to stop
 its rank by more than some seconds.
 
 All of them report to a hub (hub.py) beside rank 0 and hear its verdict. If the hub is gone, so is
-rank 0's node, and each sentinel says that by itself.
+rank 0's node, and each sentinel says that by itself. A sentinel that is killed ends the run, which
+its launcher starts again from a checkpoint: seen from another node, it is a node that was lost.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from longpretrain.engine.hub import Hub, stacks_folder, write_failed
 from longpretrain.engine.lines import Lines, Message
 from longpretrain.engine.marks import open_marks, read_mark
 from longpretrain.engine.process_watch import Watched, place
-from longpretrain.engine.verdict import Judge
+from longpretrain.engine.verdict import GONE, Judge
 
 DUMP_SIGNAL = signal.SIGRTMIN + 9
 """Makes a rank write the stacks of its threads: faulthandler does, whatever holds the rank up."""
@@ -210,7 +211,7 @@ class Sentinel:
             hub.close()
             self._hub = None
             if not self._is_told:
-                self._end_alone("is gone, and its node or its watchdog with it,")
+                self._end_alone(GONE)
             return
         self._heard_at = time.monotonic()
         for message in messages:
@@ -254,13 +255,13 @@ class Sentinel:
             return
         self._is_told = True
         verdict = message["verdict"]
-        if self._has_ended and self._rank == 0:
-            self._print(verdict)
         self._parent.send(message)
         patience_s = _OWN_ERROR_S if self._told_error else _END_S
         self._until = time.monotonic() + patience_s + 1.0
         later = min(write_after_s, 1.0)
         is_stopped = self._own.stopped_s(time.monotonic()) > 0
+        if self._rank == 0 and (self._has_ended or is_stopped):
+            self._print(verdict)
 
         def write_and_kill() -> None:
             if is_stopped:  # it cannot end by itself
@@ -333,7 +334,8 @@ def main(argument: str) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     hub = None
     if facts.get("listener") is not None:
-        judge = Judge(facts["world_size"], facts["dead_after_s"], facts["hung_after_s"])
+        patience = facts["dead_after_s"], facts["hung_after_s"]
+        judge = Judge(facts["world_size"], *patience, is_opened=False)
         listener = socket.socket(fileno=facts["listener"])
         serving = Hub(listener, facts["token"], judge)
         hub = threading.Thread(target=serving.run)

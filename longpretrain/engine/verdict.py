@@ -22,6 +22,10 @@ WINDOW_S: dict[Kind, float] = {
 """How long a report waits for an earlier cause to show."""
 ROLL_CALL_S = 2.5
 """Silence that counts as a fault once another rank has told trouble; above two beats."""
+GONE = "is gone, and its node or its watchdog with it,"
+"""Said of a rank whose sentinel's connection ended."""
+START_S = 3 * 3600.0
+"""The least that counts as standing still before the run folder is opened."""
 _NAMED = 4
 """Ranks that a sentence names one by one."""
 
@@ -58,6 +62,8 @@ class Judge:
     dead_after_s: float
     hung_after_s: float
     watched: dict[int, Seen] = field(default_factory=dict)
+    is_opened: bool = True
+    """Before the run folder is, a rank may read a whole corpus without a mark."""
     _order: list[int] = field(default_factory=list)
     _decide_at: float | None = None
     _first_left_at: float | None = None
@@ -130,7 +136,18 @@ class Judge:
         here = self.here()
         if not self.hung_after_s or not here or self._decide_at is not None:
             return False
-        return all(seen.age_s + now - seen.heard_at > self.hung_after_s for seen in here)
+        return all(seen.age_s + now - seen.heard_at > self.patience_s for seen in here)
+
+    @property
+    def patience_s(self) -> float:
+        """How long all ranks may be without a mark."""
+        return self.hung_after_s if self.is_opened else max(self.hung_after_s, START_S)
+
+    def opened(self, now: float) -> None:
+        """The run folder is; how long that took says nothing about what comes next."""
+        self.is_opened = True
+        for seen in self.watched.values():
+            seen.age_s, seen.heard_at = 0.0, now
 
     def here(self) -> list[Seen]:
         """Ranks that run, as far as known."""
@@ -152,7 +169,7 @@ class Judge:
         if behind:
             told = f"{_listed(behind)} {_stands(behind)} at {behind[0].mark}, "
             told += f"the others at {ahead.mark}"
-        return f"no progress for {self.hung_after_s:g} s: {told}; stacks of all ranks in {stacks}"
+        return f"no progress for {self.patience_s:g} s: {told}; stacks of all ranks in {stacks}"
 
     def _listen(self, now: float, patience_s: float) -> None:
         for seen in self.here():
@@ -185,7 +202,8 @@ class Judge:
         if first.trouble == "died":  # the launcher ends the others: those deaths are no cause
             return f"{first.name} {first.detail} {_after(first).removesuffix(':')}"
         alike = [seen for seen in causes if seen.trouble == first.trouble]
-        return f"{_listed(alike)} {first.detail} {_after(first).removesuffix(':')}"
+        detail = first.detail if len(alike) == 1 else _of_several(first.detail)
+        return f"{_listed(alike)} {detail} {_after(first).removesuffix(':')}"
 
 
 def lost_hub(name: str, detail: str, mark: str) -> str:
@@ -199,6 +217,11 @@ def _after(seen: Seen) -> str:
 
 def _stands(ranks: list[Seen]) -> str:
     return "stands" if len(ranks) == 1 else "stand"
+
+
+def _of_several(detail: str) -> str:
+    detail = detail.replace(GONE, "are gone, and their nodes or watchdogs with them,")
+    return detail.replace("does not", "do not")
 
 
 def _listed(ranks: list[Seen]) -> str:

@@ -32,6 +32,7 @@ from longpretrain.engine.lines import Lines
 from longpretrain.engine.marks import Marks
 from longpretrain.engine.names import read_status
 from longpretrain.engine.sentinel import DEAF_TO, DUMP_SIGNAL, SHARED, source
+from longpretrain.engine.verdict import START_S
 from longpretrain.ranks import Ranks
 
 _FAILED = 1
@@ -101,6 +102,7 @@ class Watchdog:
 
     def opened(self, run_dir: Path) -> None:
         """The run folder is this run's, and its status.json says "running"."""
+        self.mark("the start of training")
         if self._ranks.is_first:  # whose status it is; the others hear it from the hub
             since = read_status(run_dir)["time"]
             self._line.send({"run": {"dir": str(run_dir.absolute()), "time": since}})
@@ -213,7 +215,7 @@ def patience(settings: WatchdogConfig) -> timedelta:
     """How long a collective may take: the watchdog, which names the rank, comes first."""
     if not settings.hung_after_s:
         return timedelta(days=30)
-    return timedelta(seconds=1.2 * settings.hung_after_s + 600)
+    return timedelta(seconds=1.2 * max(settings.hung_after_s, START_S) + 600)
 
 
 def _listener() -> socket.socket:

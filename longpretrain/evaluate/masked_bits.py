@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from longpretrain.convert.read import run_state
 from longpretrain.data.blocks import Policy
 from longpretrain.data.shards import Corpus
 from longpretrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -158,9 +159,11 @@ def evaluate(
         _check_json_path(json_path)  # before the work, not after it
     _check_device(torch.device(device))
     folder = None if isinstance(model, LongformerForMaskedLM) else find_model_folder(Path(model))
+    # Every byte is looked at: a score of altered files would be a number like any other.
+    state = run_state(folder) if folder is not None else {}
     tokenizer, opened = _open_corpus(corpus, folder, tokenizer)
     if global_tokens is None:
-        global_tokens = _trained_global_tokens(folder)
+        global_tokens = str(state.get("global_tokens", "none"))
     network = model if isinstance(model, LongformerForMaskedLM) else load_model(folder or "")
     lengths = _lengths(network, tokenizer, max_tokens)
     sets = [
@@ -190,7 +193,6 @@ def _open_corpus(
     if tokenizer is None:
         assert folder is not None, "a model object needs its tokenizer beside it"
         tokenizer = load_tokenizer(folder)
-    # Every byte is looked at: a score of altered text would be a number like any other.
     opened = Corpus.open(corpus, verify="sha256")
     opened.require_tokenizer(tokenizer.fingerprint, owner=f"model {folder or 'in memory'}")
     return tokenizer, opened
@@ -292,14 +294,6 @@ def _lengths(
             "max_tokens", got="no length", wanted="at least one", way_out="For example 512,4096."
         )
     return sorted(set(max_tokens))
-
-
-def _trained_global_tokens(folder: Path | None) -> str:
-    """The policy that a checkpoint of ours was trained with; none for any other model."""
-    state = folder / "state.json" if folder is not None else None
-    if state is None or not state.is_file():
-        return "none"
-    return str(read_json_object(state).get("global_tokens", "none"))
 
 
 def _score_lengths(

@@ -31,7 +31,7 @@ SCENARIOS = ("success", "failure", "preemption", "Ctrl-C")
 LIMIT = 1e-5
 SHORT, LONG = 2, 14
 """Updates of a run, and of one that is interrupted after its second."""
-NON_FINITE = "updates in a row with a non-finite one"
+NON_FINITE = "updates in a row that are not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
