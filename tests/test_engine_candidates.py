@@ -99,6 +99,15 @@ def test_damaged_latest_costs_one_checkpoint(
     assert told.endswith("; going on from step-000006")
 
 
+def test_a_file_that_the_disk_does_not_read_is_named(look: Look, three: Path) -> None:
+    place = three / "checkpoints/step-000009/config.json"
+    place.unlink()
+    place.symlink_to("/proc/self/mem")  # its first page gives an input/output error
+    choice = look(three)
+    assert name(choice) == "step-000006"
+    assert f"damaged, {place}: Input/output error" in "; ".join(choice.notes)
+
+
 def test_two_damaged_ones_are_both_told(look: Look, three: Path) -> None:
     for step in (6, 9):
         flip(three / f"checkpoints/step-{step:06d}/config.json", 2)

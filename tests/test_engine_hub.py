@@ -77,7 +77,7 @@ def test_strangers_are_not_heard() -> None:
     stranger.send({"bye": 0})
     with socket.create_connection(address) as browser:
         browser.sendall(b"GET / HTTP/1.0\r\n\r\n\xff\xfe\n" + b"[" * 200_000 + b"\n")
-    with socket.create_connection(address) as flood, contextlib.suppress(ConnectionError):
+    with socket.create_connection(address, 30) as flood, contextlib.suppress(ConnectionError):
         flood.sendall(b"x" * (32 << 20))
         assert flood.recv(1) == b""
     ours.send({"hello": 0, "token": "the token", **mine})

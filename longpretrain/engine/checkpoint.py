@@ -30,7 +30,7 @@ from longpretrain.code_version import code_version
 from longpretrain.engine.names import LATEST, pointed_at, step_of
 from longpretrain.engine.zero import ZeroEngine
 from longpretrain.errors import InputError
-from longpretrain.files import read_json_object, sha256, write_atomically
+from longpretrain.files import read_json_object, sha256, told_as, write_atomically
 
 FORMAT = 2
 """Format 1 was the same without a hash of state.json itself; it is still read."""
@@ -193,7 +193,8 @@ def verify_files(
         if not path.is_file():
             got = "no file"
         elif number % parts == part and path.stat().st_size <= largest:
-            got = sha256(path)
+            with told_as(path, path):
+                got = sha256(path)
         else:
             continue
         if got != wanted:

@@ -298,6 +298,8 @@ class Saver:
             for rank, one in enumerate(everyone)
             if one.problem
         ]
+        # Who was called off says so, after who called it off.
+        problems = [text for text in problems if not text.endswith(CALLED_OFF)] or problems
         if any(one.has_overflowed for one in everyone):  # and never comes back: no use to go on
             self._save = None
             if self._rank == 0:
@@ -354,9 +356,7 @@ class Saver:
                     keep=settings.keep,
                     keep_every_steps=settings.keep_every_steps,
                 )
-        # Who was called off says so, after who called it off.
-        causes = [text for text in problems if not text.endswith(CALLED_OFF)]
-        self._why = (causes or problems)[0]
+        self._why = problems[0]
         self._retry_s = min(max(RETRY_S, 2 * self._retry_s), _LONGEST_RETRY_S)
         if removed:
             self._retry_s = _SOON_S

@@ -206,11 +206,6 @@ class Judge:
         return f"{_listed(alike)} {detail} {_after(first).removesuffix(':')}"
 
 
-def lost_hub(name: str, detail: str, mark: str) -> str:
-    """What the other ranks say of a rank 0 whose sentinel, which judges, is gone."""
-    return f"{name} {detail}; this rank was at {mark}"
-
-
 def _after(seen: Seen) -> str:
     return f"after {seen.mark}:"
 
