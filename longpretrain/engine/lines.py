@@ -59,7 +59,7 @@ class Lines:
         if not data:
             return None
         *whole, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > (1 << 40):
+        if len(self._rest) > _LONGEST:
             return None
         found = []
         for line in whole:
