@@ -124,7 +124,8 @@ slurm:  ## Slurm and munge, for tests/test_slurm.py: installed with apt-get, if 
 	@PATH="$$PATH:/usr/sbin:/sbin"; missing=; for program in $(SLURM_PROGRAMS); do \
 	  command -v $$program >/dev/null || missing="$$missing $$program"; done; \
 	if test -n "$$missing" && test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
-	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends slurm-wlm munge; \
+	  timeout 120 apt-get update -q && \
+	  DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -q -y --no-install-recommends slurm-wlm munge; \
 	elif test -n "$$missing"; then \
 	  echo "make slurm: no$$missing on PATH; install Slurm and munge (Debian: apt-get install slurm-wlm munge)" >&2; exit 2; fi
 
