@@ -129,7 +129,7 @@ class Disks:
             problems.append(f"stacks: {stacks}")
         if not str(status.get("reason")).partition(": rank ")[2].startswith("0 "):
             problems.append(f"rank 0 hung, and it says: {status.get('reason')}")
-        row.notes.append(str(status.get("reason", "no reason")))
+        row.notes.append(str(status.get("reason", "no reason")).replace(f"{run_dir.parent}/", ""))
         with self._attempt(run_dir) as attempt:
             ended, codes, said = attempt.wait(), attempt.codes(), attempt.said()
         if not ended or codes != [0, 0]:
