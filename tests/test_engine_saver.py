@@ -10,7 +10,6 @@ import contextlib
 import errno
 import itertools
 import json
-import os
 import resource
 import subprocess
 import threading
@@ -25,6 +24,7 @@ import torch
 import yaml
 from checkpoint_files import names
 from safetensors.torch import load_file
+from small_disk import small_disk
 from told import exit_code
 
 from longpretrain.engine import candidates, checkpoint, run_folder, saver
@@ -321,21 +321,12 @@ class TestFailures:
 @contextlib.contextmanager
 def disk(place: Path, megabytes: int) -> Iterator[Callable[[int], None]]:
     """A small file system of its own; yields a function that changes its size."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system needs root")
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(place)]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
 
     def resize(size: int) -> None:
         subprocess.run(["mount", "-o", f"remount,size={size}m", str(place)], check=True)
 
-    try:
+    with small_disk(place, kib=1024 * megabytes):
         yield resize
-    finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 @pytest.fixture(scope="module")
