@@ -36,7 +36,7 @@ exactness: setup  ## every trainer, stage, rank count, resume and launcher compa
 	PYTHONPATH=tests python -m exactness docs/exactness.md
 
 # Everything is drawn from the seed, which the page names.
-fault-check: setup  ## kills, signals, damage, full disks, lost ranks, preemptions; prints the table, writes docs/faults.md (45 minutes)
+fault-check: setup  ## kills, signals, damage, full disks, lost ranks, preemptions; prints the table, writes docs/faults.md (over 20 minutes on two cores)
 	PYTHONPATH=tests python -m faults --page docs/faults.md $(if $(FAULT_SEED),--seed $(FAULT_SEED)) $(FAULTS)
 
 golden: setup  ## write tests/golden/ anew, after a change that is meant to change the numbers
