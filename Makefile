@@ -157,6 +157,9 @@ $(TRANSFORMERS_4)/.done: install/transformers-4.lock | $(VENV)/.done
 	$(INSTALL) --no-deps --require-hashes --target $(TRANSFORMERS_4) -r $<
 	touch $@
 
+matrix: setup $(MINILM)/.done $(TRANSFORMERS_4)/.done  ## the tests of conversion under both transformers; writes docs/conversions.md
+	PYTHONPATH=tests python -m conversions docs/conversions.md $(TRANSFORMERS_4)
+
 COMPILE = VIRTUAL_ENV="$(CURDIR)/$(VENV)" UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(UV) pip compile -q --generate-hashes \
 	--python-version 3.11 --no-emit-find-links --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 lock:  ## resolve install/*.in again into the hashed locks

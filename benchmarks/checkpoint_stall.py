@@ -63,6 +63,11 @@ class ModelFiles:
         return (parameter,)
 
     @staticmethod
+    def stored(parameter: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As it is."""
+        return {parameter: value}
+
+    @staticmethod
     def write_model_files(folder: Path) -> None:
         """Small files."""
         (folder / "config.json").write_text("{}", encoding="utf-8")

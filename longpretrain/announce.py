@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from longpretrain import run_facts
 from longpretrain.config import Config, flat, to_tree
@@ -28,6 +29,7 @@ def announce(
     device: torch.device,
     task: MaskedLMTask,
     *,
+    model: nn.Module,
     folder: Path,
     resume_from: Path | None,
     notes: Sequence[str],
@@ -41,6 +43,7 @@ def announce(
         ranks: this process's place.
         device: where the model runs.
         task: the objective, with its data.
+        model: whole, as it was read.
         folder: where the weights are from.
         resume_from: the same, if it is a checkpoint of this run.
         notes: how that checkpoint was found.
@@ -68,6 +71,16 @@ def announce(
         kernels=kernels_in_use(config, device.type),
         after=before,
     )
+    parameters = list(model.parameters())
+    count = sum(parameter.numel() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    event(
+        f"training {trained:,} of {count:,} parameters{task.frozen_summary}",
+        trained_parameters=trained,
+        parameters=count,
+    )
+    if task.global_summary:
+        event(task.global_summary)
     if before:
         log.say(f"the attempt before this one: {before}")
     for note in notes:

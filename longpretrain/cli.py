@@ -94,14 +94,15 @@ def _add_convert(verbs: Verbs) -> None:
     parser = _verb(
         verbs,
         "convert",
-        "Make a long model of a RoBERTa: a Hugging Face folder, or a fairseq checkpoint.",
+        "Make a long model of a RoBERTa or a relative: a Hugging Face folder, or fairseq's file.",
         "longpretrain convert models/roberta-base models/long --positions 4096",
         _convert,
     )
     parser.add_argument(
         "source",
         type=path_argument,
-        help="Hugging Face RoBERTa or Longformer folder, or a fairseq .pt with dict.txt beside it",
+        help="Hugging Face folder (RoBERTa, CamemBERT, XLM-RoBERTa, BERT, Longformer), run, or a "
+        "fairseq .pt with dict.txt beside it",
     )
     parser.add_argument("target", type=path_argument, help="folder to write")
     parser.add_argument(
@@ -110,9 +111,8 @@ def _add_convert(verbs: Verbs) -> None:
     parser.add_argument(
         "--attention-window",
         type=_integers,
-        default=[512],
         metavar="W[,W...]",
-        help="total window, even: one number, or one per layer (512)",
+        help="total window, even: one number, or one per layer (512, or what fits the positions)",
     )
     parser.add_argument(
         "--init",
@@ -120,11 +120,23 @@ def _add_convert(verbs: Verbs) -> None:
         default="copy",
         help="where the new positions come from (copy)",
     )
-    parser.add_argument("--seed", type=int, default=1, help="of --init random (1)")
-    _add_tokenizer(parser)
+    parser.add_argument(
+        "--seed", type=int, default=1, help="of --init random and of --new-head (1)"
+    )
+    tokenizer = parser.add_mutually_exclusive_group()
+    _add_tokenizer(tokenizer)
+    tokenizer.add_argument(
+        "--no-tokenizer", action="store_true", help="write a folder without a tokenizer"
+    )
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="take NaN and infinite weights as they are"
+    )
+    parser.add_argument(
+        "--new-head", action="store_true", help="draw a masked-LM head for a model without one"
+    )
 
 
-def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+def _add_tokenizer(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--tokenizer",
         type=path_argument,
@@ -144,6 +156,9 @@ def _convert(options: argparse.Namespace) -> int:
         init=options.init,
         seed=options.seed,
         tokenizer=options.tokenizer,
+        need_tokenizer=not options.no_tokenizer,
+        allow_nonfinite=options.allow_nonfinite,
+        new_head=options.new_head,
     )
     print(report)
     return 0
@@ -276,7 +291,7 @@ def _add_export(verbs: Verbs) -> None:
     parser = _verb(
         verbs,
         "export",
-        "Write a run's newest weights as a folder that transformers or fairseq loads.",
+        "Write a run's newest weights as a folder that transformers, fairseq or onnxruntime loads.",
         "longpretrain export runs/demo exported",
         _export,
     )
@@ -286,9 +301,23 @@ def _add_export(verbs: Verbs) -> None:
     parser.add_argument("target", type=path_argument, help="folder to write")
     parser.add_argument(
         "--format",
-        choices=("hf", "fairseq"),
+        choices=("hf", "fairseq", "onnx"),
         default="hf",
-        help="hf: Hugging Face folder; fairseq: model.pt and dict.txt (hf)",
+        help="hf: Hugging Face folder; fairseq: model.pt and dict.txt; onnx: model.onnx (hf)",
+    )
+    parser.add_argument(
+        "--model",
+        choices=("masked-lm", "bare"),
+        default="masked-lm",
+        help="bare: the encoder alone, transformers' LongformerModel (masked-lm)",
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="round the numbers to it (the source's)"
+    )
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="leave out the comparison with transformers, which holds the model twice in memory",
     )
     _add_tokenizer(parser)
 
@@ -297,7 +326,13 @@ def _export(options: argparse.Namespace) -> int:
     from longpretrain.convert.write import export
 
     report = export(
-        options.source, options.target, format=options.format, tokenizer=options.tokenizer
+        options.source,
+        options.target,
+        format=options.format,
+        tokenizer=options.tokenizer,
+        model=options.model,
+        dtype=options.dtype,
+        check=not options.no_check,
     )
     for note in report.notes if report else ():
         print(f"note: {note}")
@@ -367,5 +402,5 @@ def _integers(text: str) -> list[int]:
         ) from None
 
 
-def _one_or_list(numbers: list[int]) -> int | list[int]:
-    return numbers[0] if len(numbers) == 1 else numbers
+def _one_or_list(numbers: list[int] | None) -> int | list[int] | None:
+    return numbers[0] if numbers is not None and len(numbers) == 1 else numbers

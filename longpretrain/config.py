@@ -49,9 +49,15 @@ class ModelConfigOverrides:
     attention_backend: Literal["auto", "fused", "portable", "reference"] = "auto"
     """Which implementation runs attention. auto: the fastest that can."""
     global_tokens: str = "none"
-    """Which tokens are global: none, first, every_K (every K-th position) or ids_A_B (these token
-    ids).
+    """Which tokens are global: none, first, every_K (every K-th position), ids_A_B (these token
+    ids) or sentence_ends (</s>, and the tokenizer's tokens like . ! ?).
     With none the global projections are frozen and exports copy the local ones into them."""
+    train_only: Literal["all", "new_positions"] = "all"
+    """new_positions: only the position rows beyond the learnt ones train; all else keeps its bits
+    and has no optimizer state."""
+    learnt_positions: int = 0
+    """Positions whose rows are learnt, of a model that was lengthened since. 0: the folder's own
+    number, which longpretrain convert writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,6 +356,7 @@ def _check_signs(config: Config) -> None:
             )
     at_least_zero = {
         "run.seed": config.run.seed,
+        "model.learnt_positions": config.model.learnt_positions,
         "data.loader_workers": config.data.loader_workers,
         "optim.lr": config.optim.lr,
         "optim.weight_decay": config.optim.weight_decay,

@@ -6,19 +6,14 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from longpretrain.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 PROBE = ".longpretrain-probe-"
 _SHOWN = 40
@@ -115,24 +110,6 @@ def sha256(path: Path) -> str:
     """The hash of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file, readable by whom the umask lets; it is on the disk afterwards."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file  # it needs torch, which data preparation does without
-
-    path.touch()
-    mode = path.stat().st_mode  # safetensors makes a file that its owner alone may read
-    try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))  # a full disk is the system's error
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
-    path.chmod(mode)
-    sync(path)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,8 @@ from longpretrain.engine.zero import ZeroEngine
 from longpretrain.engine.zero_config import check_precision
 from longpretrain.errors import InputError
 from longpretrain.evaluate.held_out import HeldOut, score
-from longpretrain.model.folder import CONFIG_NAME, changed, read_config
+from longpretrain.model.families import CONFIG_NAME
+from longpretrain.model.folder import changed, read_config
 from longpretrain.ranks import Ranks
 from longpretrain.tasks.masked_lm import MaskedLMTask, model_changes
 from longpretrain.tasks.past import check_past
@@ -183,6 +184,8 @@ def _check_same_model(config: Config, resume_from: Path) -> None:
         dataclasses.asdict(changed(read_config(folder), model_changes(config)))
         for folder in (resume_from, given)
     )
+    if config.model.train_only == "all":  # older versions did not write it
+        other["learnt_positions"] = trained["learnt_positions"]
     found = [name for name, value in trained.items() if other[name] != value]
     if found:
         raise InputError(

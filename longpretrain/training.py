@@ -93,6 +93,7 @@ def _run_joined(
             ranks,
             device,
             ready.task,
+            model=ready.model,
             folder=ready.folder,
             resume_from=ready.resume_from,
             notes=ready.choice.notes,

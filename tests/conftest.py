@@ -79,6 +79,19 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def conversion_report(request: pytest.FixtureRequest) -> Callable[[str, object], None]:
+    """Takes a figure that a test marked ``conversion`` measured, for docs/conversions.md: its name,
+    and a number or text.
+    """
+
+    def report(name: str, figure: object) -> None:
+        text = f"{figure:.3g}" if isinstance(figure, float) else str(figure)
+        request.node.user_properties.append(("conversion", (name, text)))
+
+    return report
+
+
+@pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """torch.set_num_threads, taken back at the end."""
     import torch

@@ -46,6 +46,10 @@ class Names:
     def stored_names(parameter: str) -> tuple[str, ...]:
         return (parameter, "twin") if parameter == "first.weight" else (parameter,)
 
+    @staticmethod
+    def stored(parameter: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        return dict.fromkeys(Names.stored_names(parameter), value)
+
 
 def bits(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
     # A zero's sign may go: DeepSpeed adds zeros of other ranks to what it gathers.

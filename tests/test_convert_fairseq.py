@@ -284,7 +284,7 @@ def test_half_precision_and_heads_of_a_classifier(dictionary: Dictionary, tmp_pa
 def test_parameters_with_attributes_and_shared_memory(
     dictionary: Dictionary, tmp_path: Path
 ) -> None:
-    """What a file hangs on a tensor is not called; two names on one memory become two tensors."""
+    """What a file hangs on a tensor is not called; two names on one memory both get it."""
 
     def edit(whole: dict[str, Any]) -> None:
         tensors = whole["model"]
@@ -297,7 +297,6 @@ def test_parameters_with_attributes_and_shared_memory(
     source = open_source(tmp_path / "in" / "model.pt")
     tensors = source.tensors()
     assert {type(tensor) for tensor in tensors.values()} == {Tensor}
-    assert len({t.untyped_storage().data_ptr() for t in tensors.values()}) == len(tensors)
     convert(tmp_path / "in" / "model.pt", tmp_path / "out", positions=30, attention_window=8)
     layer = "longformer.encoder.layer.1.output"
     out = read_tensors(tmp_path / "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -16,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longpretrain.cli import main
-from longpretrain.convert import export, verify
-from longpretrain.convert.lengthen import POSITIONS, convert, lengthen_positions
+from longpretrain.convert import export, lengthen, verify
+from longpretrain.convert.lengthen import POSITIONS, lengthen_positions
 from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.model import (
@@ -33,6 +34,8 @@ SHORT = ModelConfig(
     model_type="roberta", vocab_size=67, hidden_size=32, num_layers=2, num_heads=4,
     intermediate_size=48, max_position_embeddings=34, layer_norm_eps=1e-6,
 )  # fmt: skip
+convert = functools.partial(lengthen.convert, need_tokenizer=False)
+"""These models have no words, but where a test says so."""
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=200)
 
 
@@ -127,13 +130,14 @@ def test_a_converted_model_keeps_every_other_tensor(source: Path, tmp_path: Path
     assert len(new) - len(old) == 12
     config = read_config(tmp_path / "long")
     assert config == dataclasses.replace(
-        SHORT, model_type="longformer", max_position_embeddings=102, attention_window=(8, 16)
-    )
+        SHORT, model_type="longformer", max_position_embeddings=102, attention_window=(8, 16),
+        learnt_positions=32,
+    )  # fmt: skip
     assert not report.up_to_date
     text = str(report)
     assert "32 learnt rows copied end to end over 100; rows 0 to 1 kept" in text
     assert "12 x copies of the local projections" in text
-    assert "tokenizer: the source has none" in text
+    assert "tokenizer: none, as asked" in text
 
 
 def test_with_a_covering_window_logits_are_the_source_s(source: Path, tmp_path: Path) -> None:
@@ -206,7 +210,7 @@ def test_the_tokenizer_comes_along_with_its_new_length(tmp_path: Path) -> None:
     config = dataclasses.replace(SHORT, vocab_size=tokenizer.vocab_size)
     save_model(LongformerForMaskedLM(config), tmp_path / "a")
     tokenizer.save(tmp_path / "a", max_tokens=32)
-    report = convert(tmp_path / "a", tmp_path / "b", positions=100, attention_window=8)
+    report = lengthen.convert(tmp_path / "a", tmp_path / "b", positions=100, attention_window=8)
     assert report.has_tokenizer
     assert load_tokenizer(tmp_path / "b").fingerprint == tokenizer.fingerprint
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
@@ -215,7 +219,7 @@ def test_the_tokenizer_comes_along_with_its_new_length(tmp_path: Path) -> None:
     save_model(LongformerForMaskedLM(SHORT), tmp_path / "c")
     tokenizer.save(tmp_path / "c", max_tokens=32)
     with pytest.raises(InputError, match="got 50265 ids; wanted at most 67"):
-        convert(tmp_path / "c", tmp_path / "d", positions=100, attention_window=8)
+        lengthen.convert(tmp_path / "c", tmp_path / "d", positions=100, attention_window=8)
     assert not (tmp_path / "d").exists()
 
 
@@ -282,6 +286,8 @@ def test_converting_twice_writes_once(source: Path, tmp_path: Path) -> None:
         ({"positions": 0}, "positions: got 0; wanted 1 or more"),
         ({"positions": -5}, "positions"),
         ({"positions": 2.5}, "positions"),
+        ({"attention_window": 66}, "attention_window: got 66; wanted at most 64, the positions"),
+        ({"attention_window": [8, 66]}, r"got \[8, 66\]; wanted at most 64"),
         ({"init": "zeros"}, "init: got zeros; wanted copy or random or interpolate"),
     ],
     ids=str,
@@ -311,7 +317,9 @@ def test_a_source_or_target_that_cannot_be(source: Path, tmp_path: Path) -> None
         convert(source, tmp_path / "long", attention_window=8)
     tree = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(tree | {"model_type": "deberta"}))
-    with pytest.raises(InputError, match="got deberta; wanted longformer or roberta"):
+    with pytest.raises(
+        InputError, match="got deberta; wanted bert, camembert, longformer, roberta"
+    ):
         convert(source, tmp_path / "long", attention_window=8)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -334,8 +342,9 @@ def test_a_path_that_is_nearly_a_checkpoint(
 def test_any_target_length_loads_and_runs(source: Path, tmp_path: Path) -> None:
     for init, positions in (("copy", 1), ("random", 33), ("interpolate", 95), ("copy", 31)):
         target = tmp_path / f"{init}-{positions}"
-        convert(source, target, positions=positions, attention_window=8, init=init)
+        convert(source, target, positions=positions, init=init)
         model = load_model(target)
+        assert model.config.attention_window == (max(2, positions // 2 * 2),) * 2
         logits = model(torch.full((1, positions), 9))
         assert logits.shape == (1, positions, 67)
         assert math.isfinite(float(logits.detach().abs().max()))

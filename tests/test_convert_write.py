@@ -79,12 +79,13 @@ def test_a_run_leaves_as_a_folder_that_transformers_loads(tmp_path: Path) -> Non
 
 def test_a_run_can_be_lengthened_as_it_is(tmp_path: Path) -> None:
     checkpoint = make_run(tmp_path / "run")
-    convert(tmp_path / "run", tmp_path / "long", positions=100, attention_window=8)
+    options: Any = {"positions": 100, "attention_window": 8, "need_tokenizer": False}
+    convert(tmp_path / "run", tmp_path / "long", **options)
     assert read_tensors(tmp_path / "long")["lm_head.bias"].equal(
         read_tensors(checkpoint)["lm_head.bias"]
     )
     (checkpoint / "optimizer.safetensors").write_bytes(b"gone")
-    assert convert(checkpoint, tmp_path / "long", positions=100, attention_window=8).up_to_date
+    assert convert(checkpoint, tmp_path / "long", **options).up_to_date
 
 
 def test_trained_global_projections_stay(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def task_with(tokenizer: Tokenizer, small_run: Path, folder: Path) -> MaskedLMTa
     """The small run, its model and its text, with another tokenizer."""
     model = folder / "model"
     shutil.copytree(small_run / "models" / "long", model)
-    for name in tokenizer_files._COPIED:
+    for name in tokenizer_files.ALL:
         (model / name).unlink(missing_ok=True)
     tokenizer.save(model, max_tokens=128)
     prepare([small_run / "text" / "train"], folder / "corpus", tokenizer_folder=model)

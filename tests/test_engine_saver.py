@@ -47,6 +47,7 @@ class Gate:
         self.error: Exception | None = None
 
     stored_names = staticmethod(gather_driver.Names.stored_names)
+    stored = staticmethod(gather_driver.Names.stored)
 
     def write_model_files(self, folder: Path) -> None:
         (folder / "config.json").write_text("{}", encoding="utf-8")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from longpretrain.engine import tensor_file
 from longpretrain.engine.tensor_file import write_tensors
 from longpretrain.files import sha256
+from longpretrain.safetensors_file import write_all
 
 
 def silent(size: int) -> None:
@@ -71,7 +72,7 @@ def test_a_full_disk_is_an_error_and_not_a_short_file() -> None:
         pytest.skip("this system has no /dev/full")
     full = path.open("wb", buffering=0)
     with full, pytest.raises(OSError, match="No space left") as caught:
-        tensor_file._write_all(full.fileno(), memoryview(b"abc"))
+        write_all(full.fileno(), memoryview(b"abc"))
     assert caught.value.errno == errno.ENOSPC
 
 

@@ -18,7 +18,6 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.r
 # Raised as they are: (file, exception) -> why no user meets it as a traceback.
 MAY_RAISE = {
     ("cli.py", "ArgumentTypeError"): "argparse hands it to Parser.error, which tells it",
-    ("files.py", "OSError"): "the system's own error, which safetensors wraps; told by exit_code",
     ("terminal.py", "ArgumentTypeError"): "the same",
     ("data/manifest.py", "ValueError"): "Manifest.read tells it as the damage of a manifest",
     ("prepare/chunked.py", "DamagedPartError"): "assemble.py hands on the part, which is remade",

@@ -6,6 +6,7 @@ The cells of exactness/launchers.py, two side by side: all ways, and each scenar
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -22,6 +23,8 @@ from exactness.table import Row
 from ranks_helper import BIN, ROOT, rank_environment
 
 LAUNCH = ROOT / "launch.sh"
+ENDLESS = 100_000
+"""Updates that no test waits for."""
 BY_NAME = {way.name: way for way in WAYS}
 # Going on after an interrupt is a success of that way, too: same losses, world size, status.
 SCENARIOS = [
@@ -214,19 +217,10 @@ def test_ranks_of_a_job_are_its_tasks(words: list[str]) -> None:
     assert "RANKS: got 2 with LAUNCHER=sbatch; wanted the tasks of a job" in finished.stderr
 
 
-@pytest.mark.parametrize(
-    ("child", "ends"),
-    [
-        pytest.param("train --check", "stopped by USR1 before the ranks started", id="check"),
-        pytest.param(r"python\S* -u \S*launch.sh", "preempted: SIGUSR1, at step 1", id="a rank"),
-    ],
-)
-def test_a_signal_while_it_starts_is_not_lost(
-    words: list[str], tmp_path: Path, child: str, ends: str
-) -> None:
-    run_dir = tmp_path / "run"
+def signalled_while_it_starts(words: list[str], run_dir: Path, child: str) -> tuple[int, str]:
+    """Sends USR1 to launch.sh as soon as a process of this kind is there; exit code and output."""
     started = subprocess.Popen(
-        [str(LAUNCH), *words, f"run.dir={run_dir}", "schedule.total_steps=1000"],
+        [str(LAUNCH), *words, f"run.dir={run_dir}", f"schedule.total_steps={ENDLESS}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -244,6 +238,31 @@ def test_a_signal_while_it_starts_is_not_lost(
     finally:
         subprocess.run(["pkill", "-KILL", "-f", f"{run_dir}"], check=False)
         started.wait()
-    assert ends in output
-    assert started.returncode != 0
-    assert run_dir.exists() == ("step 1" in ends)
+    return started.returncode, output
+
+
+def test_a_signal_while_recipe_and_data_are_checked_is_not_lost(
+    words: list[str], tmp_path: Path
+) -> None:
+    code, output = signalled_while_it_starts(words, tmp_path / "run", "train --check")
+    assert "stopped by USR1 before the ranks started" in output, output
+    assert code != 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_while_a_rank_starts_is_not_lost(words: list[str], tmp_path: Path) -> None:
+    """A rank that does not listen yet is told again every 2 s: many updates of so small a model, or
+    none. Whichever comes then is the last, and is in a checkpoint.
+    """
+    run_dir = tmp_path / "run"
+    code, output = signalled_while_it_starts(words, run_dir, r"python\S* -u \S*launch.sh")
+    found = re.search(r"^preempted: SIGUSR1, at step (\d+);", output, flags=re.MULTILINE)
+    assert found, output
+    step = int(found[1])
+    assert 1 <= step < ENDLESS
+    assert code != 0
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("preempted", step), output
+    newest = (run_dir / "checkpoints" / "latest").read_text().strip()
+    assert newest == f"step-{step:06d}"
+    assert json.loads((run_dir / "checkpoints" / newest / "state.json").read_text())["step"] == step

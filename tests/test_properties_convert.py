@@ -5,6 +5,7 @@ The origin of each position row is computed here again, row by row and in float6
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from pathlib import Path
@@ -16,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longpretrain.convert.lengthen import POSITIONS, Init, convert
+from longpretrain.convert import lengthen
+from longpretrain.convert.lengthen import POSITIONS, Init
 from longpretrain.errors import InputError
 from longpretrain.model import (
     LongformerForMaskedLM,
@@ -27,15 +29,26 @@ from longpretrain.model import (
     save_model,
 )
 
+convert = functools.partial(lengthen.convert, need_tokenizer=False)
 VOCABULARY, LAYERS = 29, 2
 LEARNT = st.sampled_from([1, 2, 5, 12, 17])
 """Lengths of sources; few, as each is written once."""
-TARGETS = st.integers(1, 52)
+TARGETS = st.integers(2, 52)
 INITS = st.sampled_from(get_args(Init))
 KINDS = st.sampled_from(["roberta", "longformer"])
 PADS = st.sampled_from([0, 1, 3])
-WINDOW = st.integers(1, 30).map(lambda half: 2 * half)
-WINDOWS = WINDOW | st.lists(WINDOW, min_size=LAYERS, max_size=LAYERS)
+LENGTHS = TARGETS.flatmap(lambda n: st.tuples(st.just(n), windows(n)))
+"""Of a target, with windows that fit into it: one, or one per layer."""
+ONE_WINDOW = TARGETS.flatmap(lambda n: st.tuples(st.just(n), window(n)))
+
+
+def window(positions: int, least: int = 2) -> st.SearchStrategy[int]:
+    return st.integers(-(-least // 2), positions // 2).map(lambda half: 2 * half)
+
+
+def windows(positions: int, least: int = 2) -> st.SearchStrategy[Any]:
+    one = window(positions, least)
+    return one | st.lists(one, min_size=LAYERS, max_size=LAYERS)
 
 
 class Folders:
@@ -86,21 +99,21 @@ def expected_row(i: int, positions: int, learnt_PC: Tensor, init: str) -> Tensor
 
 @settings(max_examples=40)
 @given(
-    learnt=LEARNT, positions=TARGETS, windows=WINDOWS, init=INITS, kind=KINDS, pad_id=PADS,
+    learnt=LEARNT, length=LENGTHS, init=INITS, kind=KINDS, pad_id=PADS,
     seed=st.integers(0, 2**32),
 )  # fmt: skip
 def test_where_every_number_comes_from(
     folders: Folders,
     learnt: int,
-    positions: int,
-    windows: Any,
+    length: Any,
     init: Any,
     kind: str,
     pad_id: int,
     seed: int,
 ) -> None:
+    positions, chosen = length
     source, target = folders.source(learnt, kind, pad_id), folders.new()
-    convert(source, target, positions=positions, attention_window=windows, init=init, seed=seed)
+    convert(source, target, positions=positions, attention_window=chosen, init=init, seed=seed)
     old, new = read_tensors(source), read_tensors(target)
     table_PC, kept = new.pop(POSITIONS), pad_id + 1
     assert table_PC.shape == (kept + positions, 16)
@@ -128,8 +141,9 @@ def test_where_every_number_comes_from(
         assert tensor.equal(old[local]), name
     config = read_config(target)
     assert config.max_tokens == positions
-    one_each = (windows,) * LAYERS if isinstance(windows, int) else tuple(windows)
+    one_each = (chosen,) * LAYERS if isinstance(chosen, int) else tuple(chosen)
     assert config.attention_window == one_each
+    assert config.learnt_positions == (0 if init == "interpolate" else min(learnt, positions))
 
 
 def logits(folder: Path, tokens_BN: Tensor, padding_BN: Tensor | None = None) -> Tensor:
@@ -144,13 +158,15 @@ def logits(folder: Path, tokens_BN: Tensor, padding_BN: Tensor | None = None) ->
 def test_within_its_length_the_source_is_unchanged(
     folders: Folders, learnt: int, more: int, init: Any, pad_id: int, data: Any
 ) -> None:
-    """Given windows that cover it, one per layer; stretched positions are other ones."""
+    """Given windows that cover the text; stretched positions are other ones."""
     source, target = folders.source(learnt, "roberta", pad_id), folders.new()
-    positions = learnt + (0 if init == "interpolate" else more)
-    covering = st.integers(max(learnt - 1, 1), 40).map(lambda half: 2 * half)
-    windows = data.draw(st.lists(covering, min_size=LAYERS, max_size=LAYERS))
-    convert(source, target, positions=positions, attention_window=windows, init=init)
-    tokens = data.draw(st.integers(1, learnt))
+    positions = max(2, learnt) + (0 if init == "interpolate" else more)
+    if init == "interpolate" and positions != learnt:
+        init = "copy"
+    chosen = data.draw(windows(positions))
+    convert(source, target, positions=positions, attention_window=chosen, init=init)
+    reach = chosen if isinstance(chosen, int) else min(chosen)
+    tokens = data.draw(st.integers(1, min(learnt, reach // 2 + 1)))
     generator = torch.Generator().manual_seed(more)
     tokens_BN = torch.randint(pad_id + 1, VOCABULARY, (2, tokens), generator=generator)
     padding_BN = torch.zeros(2, tokens, dtype=torch.bool)
@@ -161,46 +177,49 @@ def test_within_its_length_the_source_is_unchanged(
 
 
 @settings(max_examples=12)
-@given(learnt=LEARNT, positions=TARGETS, init=INITS, kind=KINDS, window=WINDOW)
+@given(learnt=LEARNT, length=ONE_WINDOW, init=INITS, kind=KINDS)
 def test_converting_again_to_the_same_length_changes_nothing(
-    folders: Folders, learnt: int, positions: int, init: Any, kind: str, window: int
+    folders: Folders, learnt: int, length: Any, init: Any, kind: str
 ) -> None:
     """Whatever init the second conversion has; and the first one, repeated, is the same."""
+    positions, chosen = length
     source = folders.source(learnt, kind, 1)
     once, repeated = folders.new(), folders.new()
     for target in (once, repeated):
-        convert(source, target, positions=positions, attention_window=window, init=init)
+        convert(source, target, positions=positions, attention_window=chosen, init=init)
     right = read_tensors(once)
     assert all(x.equal(right[name]) for name, x in read_tensors(repeated).items())
     for its_init in get_args(Init):
         twice = folders.new()
-        convert(once, twice, positions=positions, attention_window=window, init=its_init)
+        convert(once, twice, positions=positions, attention_window=chosen, init=its_init)
         found = read_tensors(twice)
         assert found.keys() == right.keys()
         assert all(found[name].equal(x) for name, x in right.items()), its_init
-        assert read_config(twice) == read_config(once)
+        config, first = read_config(twice), read_config(once)
+        assert config == dataclasses.replace(first, learnt_positions=config.learnt_positions)
 
 
 @settings(max_examples=12)
 @given(
-    learnt=LEARNT, more=st.integers(0, 40), init=st.sampled_from(["copy", "random"]),
-    window=WINDOW, data=st.data(),
+    learnt=LEARNT, more=st.integers(2, 40), init=st.sampled_from(["copy", "random"]),
+    data=st.data(),
 )  # fmt: skip
 def test_a_shortened_model_computes_as_before(
-    folders: Folders, learnt: int, more: int, init: Any, window: int, data: Any
+    folders: Folders, learnt: int, more: int, init: Any, data: Any
 ) -> None:
     """Up to its new length, that is; it refuses longer inputs. There and back is the source."""
     source, long, short = folders.source(learnt, "longformer", 1), folders.new(), folders.new()
-    convert(source, long, positions=learnt + more, attention_window=window, init=init)
-    positions = data.draw(st.integers(1, learnt + more))
-    convert(long, short, positions=positions, attention_window=window, init=init)
+    positions = data.draw(st.integers(2, learnt + more))
+    chosen = data.draw(window(positions))
+    convert(source, long, positions=learnt + more, attention_window=chosen, init=init)
+    convert(long, short, positions=positions, attention_window=chosen, init=init)
     tokens_BN = torch.randint(2, VOCABULARY, (1, positions + 1))
     wanted, found = (logits(folder, tokens_BN[:, :positions]) for folder in (long, short))
     assert torch.equal(found, wanted)
     with pytest.raises(InputError, match="tokens of a sequence"):
         logits(short, tokens_BN)
     back = folders.new()
-    convert(short, back, positions=min(positions, learnt), attention_window=8, init=init)
+    convert(short, back, positions=min(positions, learnt), init=init)
     old, new = read_tensors(source), read_tensors(back)
     rows = 2 + min(positions, learnt)
     assert new[POSITIONS].equal(old[POSITIONS][:rows])

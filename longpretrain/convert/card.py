@@ -7,71 +7,77 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch import Tensor
 
+from longpretrain.convert.card_use import use
+from longpretrain.convert.read import RECORD_NAME
 from longpretrain.convert.source import Source
 from longpretrain.convert.verify import VerifyReport
 from longpretrain.data.manifest import Manifest
 from longpretrain.errors import InputError
+from longpretrain.files import read_json_object
 from longpretrain.model import ModelConfig
+from longpretrain.model.families import POOLER
 
 CARD_NAME = "README.md"
 MARK = "<!-- longpretrain export -->"
 """Stands in every card, so that an export is known from a folder of somebody's."""
-_TRANSFORMERS = """\
-```python
-from transformers import AutoModelForMaskedLM, AutoTokenizer
-
-model = AutoModelForMaskedLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```"""
-_ROBERTA = """\
-```python
-from fairseq.models.roberta import RobertaModel
-
-roberta = RobertaModel.from_pretrained("{name}", checkpoint_file="model.pt")
-```
-
-Training goes on from it with `fairseq-train ... --finetune-from-model {name}/model.pt`: the
-optimizer starts anew."""
-_PLUGIN = """\
-```bash
-fairseq-train SHARDS --user-dir longpretrain --task long_masked_lm --criterion long_masked_lm \\
-    --arch longformer {flags} \\
-    --finetune-from-model {name}/model.pt ...
-```
-
-The optimizer starts anew. `longpretrain export {name}/model.pt FOLDER` makes of it, or of what such
-a training leaves, a folder that transformers loads."""
+# A row of the table on training -> where a recipe has it.
+_ASKED = {
+    "sequences per update": ("batch", "global_sequences"),
+    "tokens per sequence, at most": ("data", "max_tokens"),
+    "learning rate, at its peak": ("optim", "lr"),
+    "precision": ("precision",),
+    "what was trained": ("model", "train_only"),
+}
 
 
 def card(
-    name: str, source: Source, *, parameters: int, report: VerifyReport | None, unchecked: str,
-    notes: Sequence[str], library: str,
+    name: str,
+    source: Source,
+    *,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    report: VerifyReport | None,
+    unchecked: str,
+    notes: Sequence[str],
+    library: str,
     global_tokens: str,
-) -> str:  # fmt: skip
+) -> str:
     """The text of a model card.
 
     Args:
         name: the folder's.
         source: what was exported.
-        parameters: how many numbers its tensors hold.
+        config: the model in the folder.
+        tensors: its tensors, by their names in memory.
+        dtype: what they were rounded to.
         report: the checks that it passed, if they ran.
         unchecked: why they did not.
         notes: what is not as it was.
         library: "transformers" or "fairseq": who loads the folder.
         global_tokens: the policy to train on with, so that global projections stay as they are.
     """
-    config = source.config
+    kinds = sorted({str(dtype or t.dtype).removeprefix("torch.") for t in tensors.values()})
+    stored = ", ".join(kinds)
+    how = use(
+        name, config, library=library, global_tokens=global_tokens,
+        has_pooler=POOLER[0] in tensors, dtype=None if stored == "float32" else stored,
+    )  # fmt: skip
+    parameters = sum(tensor.numel() for tensor in tensors.values())
     sections = [
         _front_matter(config, library),
         f"# {name}",
-        _model_section(source, parameters),
+        _model_section(source, config, f"{parameters:,}, in {stored}"),
         *_note_section(source, notes),
         *_training_sections(source.state),
         *_score_sections(source.path, source.state),
         _check_section(report, unchecked, library),
-        "## Use\n\n" + _use(name, config, library, global_tokens),
+        _source_section(source),
+        "## Use\n\n" + how,
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -85,45 +91,20 @@ def _note_section(source: Source, notes: Sequence[str]) -> Iterator[str]:
     yield "## Notes\n\n" + text
 
 
-def _use(name: str, config: ModelConfig, library: str, global_tokens: str) -> str:
-    if library == "transformers":
-        return _TRANSFORMERS.format(name=name)
-    if config.model_type == "roberta":
-        return _ROBERTA.format(name=name)
-    windows = config.attention_window
-    flags = {
-        "encoder-layers": config.num_layers,
-        "encoder-embed-dim": config.hidden_size,
-        "encoder-attention-heads": config.num_heads,
-        "encoder-ffn-embed-dim": config.intermediate_size,
-        "max-positions": config.max_tokens,
-        "attention-window": ",".join(map(str, windows[:1] if len(set(windows)) == 1 else windows)),
-    }
-    if config.dilation:
-        flags["dilation"] = ",".join(map(str, config.dilation))
-    flags |= {
-        "dropout": config.hidden_dropout,
-        "attention-dropout": config.attention_dropout,
-        "tokens-per-sample": config.max_tokens,
-        "global-tokens": global_tokens,
-    }
-    return _PLUGIN.format(name=name, flags=" ".join(f"--{k} {v}" for k, v in flags.items()))
-
-
 def _front_matter(config: ModelConfig, library: str) -> str:
     tree = {
         "library_name": library,
-        "pipeline_tag": "fill-mask",
+        "pipeline_tag": "fill-mask" if config.has_lm_head else "feature-extraction",
         "tags": [config.model_type, "longpretrain"],
     }
     return f"---\n{yaml.safe_dump(tree, sort_keys=False)}---\n\n{MARK}"
 
 
-def _model_section(source: Source, parameters: int) -> str:
-    config = source.config
+def _model_section(source: Source, config: ModelConfig, parameters: str) -> str:
+    head = "masked-LM head" if config.has_lm_head else "the bare encoder"
     facts = {
-        "type": f"{config.model_type}, masked-LM head",
-        "parameters": f"{parameters:,}",
+        "type": f"{config.model_type}, {head}",
+        "parameters": parameters,
         "layers, heads, channels": f"{config.num_layers}, {config.num_heads}, {config.hidden_size}",
         "longest input": f"{config.max_tokens:,} tokens",
         "vocabulary": f"{config.vocab_size:,}",
@@ -145,13 +126,17 @@ def _training_sections(state: Mapping[str, Any]) -> Iterator[str]:
         return
     recipe: Mapping[str, Any] = state.get("recipe") or {}
     total = (recipe.get("schedule") or {}).get("total_steps")
+    asked = {key: _at(recipe, *place) for key, place in _ASKED.items()}
     facts: dict[str, str] = {}
     if "step" in state:
         facts["updates"] = f"{state['step']:,}" + (f" of {total:,}" if total else "")
     if "samples_done" in state:
         facts["sequences seen"] = f"{state['samples_done']:,}"
+    facts |= {key: str(value) for key, value in asked.items() if value not in (None, "")}
     if "global_tokens" in state:
         facts["global tokens"] = str(state["global_tokens"])
+    for what, fingerprint in (state.get("task") or {}).items():
+        facts[f"fingerprint of the {what}"] = f"`{fingerprint}`"
     for name, version in (state.get("versions") or {}).items():
         facts[name] = str(version)
     data = recipe.get("data") or {}
@@ -230,3 +215,37 @@ def _check_section(report: VerifyReport | None, unchecked: str, library: str) ->
 def _table(header: tuple[str, ...], rows: Any) -> str:
     ruler = tuple("---" for _ in header)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ruler, *rows))
+
+
+def _source_section(source: Source) -> str:
+    """Which files these weights came from; of a checkpoint's own, state.json names the hashes."""
+    hashes = sorted(source.hashes().items())
+    rows = [(f"`{name}`", f"`{digest}`") for name, digest in hashes]
+    text = f"Made from `{source.path.absolute().name}`, by content:\n\n"
+    text += _table(("file", "sha256 (of a tokenizer, its fingerprint)"), rows)
+    started = _at(source.state, "recipe", "model", "path")
+    for folder in (source.path, Path(started) if isinstance(started, str) else None):
+        if folder is not None and (folder / RECORD_NAME).is_file():
+            return f"## Source\n\n{text}\n\n{_lineage(folder / RECORD_NAME)}"
+    return f"## Source\n\n{text}"
+
+
+def _lineage(path: Path) -> str:
+    """What the record of a conversion says of where its folder came from."""
+    try:
+        record = read_json_object(path)
+    except InputError:
+        return ""
+    keys = ("source", "positions", "attention_window", "init")
+    rows = [(key, f"`{json.dumps(record[key])}`") for key in keys if key in record]
+    files = record.get("source_files")
+    hashes = files.items() if isinstance(files, dict) else ()
+    rows += [(f"`{name}`", f"`{digest}`") for name, digest in hashes]
+    return f"`{path.parent.name}` was made by `longpretrain convert`:\n\n" + _table(("", ""), rows)
+
+
+def _at(tree: Any, *keys: str) -> Any:
+    """What stands in a tree at these keys; None where it has none."""
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree

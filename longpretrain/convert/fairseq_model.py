@@ -102,7 +102,7 @@ def from_checkpoint(checkpoint: Checkpoint) -> FairseqModel:
     _need_shapes(checkpoint.path, tensors, config, stored)
     _need_twins(checkpoint.path, decoder, words)
     return FairseqModel(
-        config=config, tensors=_apart(tensors), is_plugin=False, model_path=None,
+        config=config, tensors=tensors, is_plugin=False, model_path=None,
         global_tokens=None, notes=_notes(left_out, options),
     )  # fmt: skip
 
@@ -152,7 +152,7 @@ def need_fairseq_expressible(where: Path, config: ModelConfig) -> None:
     Raises:
         InputError: names all that is beyond it.
     """
-    beyond = []
+    beyond = [] if config.has_lm_head else ["no masked-LM head"]
     if config.causal:
         beyond.append("causal attention")
     if config.model_type == "roberta" and set(config.dilation) - {1}:
@@ -195,7 +195,7 @@ def _from_plugin(checkpoint: Checkpoint) -> FairseqModel:
     for twin, name in zip(twins, (names.WORDS, _BIAS), strict=True):
         _need_twins(path, twin, found[name])
     return FairseqModel(
-        config=config, tensors=_apart(found), is_plugin=True, model_path=model_path,
+        config=config, tensors=found, is_plugin=True, model_path=model_path,
         global_tokens=policy, notes=_notes([], options),
     )  # fmt: skip
 
@@ -327,17 +327,6 @@ def _need_twins(path: Path, decoder: Tensor | None, words: Tensor) -> None:
             str(path), got="a decoder unlike the embeddings", wanted="tied weights",
             way_out="Untied decoders are not read.",
         )  # fmt: skip
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors none of which shares its memory with another: each is its owner's to change."""
-    seen: set[int] = set()
-    own = {}
-    for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        own[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
-    return own
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

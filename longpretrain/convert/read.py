@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from longpretrain.data import sentence_piece_files
 from longpretrain.errors import InputError
 from longpretrain.files import read_json_object, sha256
-from longpretrain.model import ModelConfig, read_tensors
+from longpretrain.mapped import all_finite
+from longpretrain.model import ModelConfig
+from longpretrain.model.listing import listed
 
 RECORD_NAME = "conversion.json"
 STATE_NAME = "state.json"
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", *sentence_piece_files.NAMES)
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *sentence_piece_files.NAMES)
 
 
 def model_folder(source: Path | str) -> Path:
@@ -84,29 +85,28 @@ def run_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def finite_tensors(folder: Path) -> dict[str, Tensor]:
-    """The parameters of a model folder (``read_tensors``), all numbers.
-
-    Raises:
-        InputError: the folder does not hold a model, or one with NaN or infinity in it.
-    """
-    tensors = read_tensors(folder)
-    need_finite(folder, tensors)
-    return tensors
+def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Which tensors hold NaN or infinity, and how many, in words."""
+    found = []
+    for name, tensor in tensors.items():
+        if not all_finite(tensor):
+            count = tensor.numel() - int(tensor.isfinite().sum())
+            found.append(f"NaN or infinity in {name} ({count:,} of {tensor.numel():,})")
+    return found
 
 
 def need_finite(where: Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuses weights that are not all numbers.
 
     Raises:
-        InputError: names a tensor with NaN or infinity.
+        InputError: names every tensor with NaN or infinity, and how many it has.
     """
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise InputError(
-                str(where), got=f"NaN or infinity in {name}", wanted="finite weights",
-                way_out="Its training diverged, or the file is damaged: take an older one.",
-            )  # fmt: skip
+    if found := nonfinite(tensors):
+        raise InputError(
+            str(where), got=listed(found), wanted="finite weights",
+            way_out="Its training diverged, or the file is damaged: take an older one. "
+            "longpretrain convert --allow-nonfinite takes them as they are.",
+        )  # fmt: skip
 
 
 def need_expressible(folder: Path, config: ModelConfig) -> None:

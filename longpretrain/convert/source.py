@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,11 @@ from longpretrain.convert.fairseq_dictionary import DICTIONARY_NAME, read_dictio
 from longpretrain.convert.fairseq_file import read_checkpoint
 from longpretrain.convert.fairseq_model import from_checkpoint
 from longpretrain.convert.read import (
-    finite_tensors,
     has_tokenizer,
     hashes,
     model_folder,
     need_finite,
+    nonfinite,
     run_state,
 )
 from longpretrain.convert.shown import shown
@@ -27,12 +29,27 @@ from longpretrain.data.tokenizer import Tokenizer, load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.files import sha256
 from longpretrain.model import ModelConfig, config_json, copy_local_to_global, read_config
+from longpretrain.model.listing import listed
+from longpretrain.model.weight_files import PICKLED_NAME, WEIGHTS_NAME
+from longpretrain.model.weights import open_weights
 
 # What a checkpoint holds beside its model.
 _RUN_FILES = ("optimizer", "state.json")
 _LONGEST_PATH = 400
 # A folder with one of these is a model folder or a run, whatever else is in it.
 _OURS = ("config.json", "checkpoints", "latest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """How a source is read."""
+
+    tokenizer: Path | None = None
+    """A folder with the tokenizer to take instead of the source's own."""
+    with_tokenizer: bool = True
+    """Whether a tokenizer is looked for at all."""
+    allow_nonfinite: bool = False
+    """Whether weights may be NaN or infinite."""
 
 
 class Source(ABC):
@@ -52,18 +69,36 @@ class Source(ABC):
     notes: tuple[str, ...] = ()
     model_path: Path | None = None
 
-    def __init__(self, tokenizer: Path | None) -> None:
-        self._given = tokenizer
+    def __init__(self, how: Choices) -> None:
+        self._given, self._how = how.tokenizer, how
         self._tokenizer: Tokenizer | None = None
 
-    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters by their names in memory, all finite; the caller's to change."""
+        """The parameters by their names in memory; the dictionary is the caller's to change, not
+        the tensors, which may be mapped from a file.
+
+        Raises:
+            InputError: weights that are not finite, unless they are allowed: then a note says so.
+        """
+        tensors = self._stored_tensors()
+        if not self._how.allow_nonfinite:
+            need_finite(self.path, tensors)
+        elif found := nonfinite(tensors):
+            note = f"kept as they are: {listed(found)}"
+            self.notes = (*(other for other in self.notes if other != note), note)
+        return tensors
+
+    @abstractmethod
+    def _stored_tensors(self) -> dict[str, Tensor]:
+        """The parameters as they are."""
 
     @property
     def has_own_globals(self) -> bool:
-        """Whether its global projections, if any, learnt, which takes global tokens."""
-        return self.state.get("global_tokens") != "none"
+        """Whether its global projections, if any, are as good as the local ones: they learnt, which
+        takes global tokens, or neither did.
+        """
+        moved_on = self.state.get("train_only", "all") == "all"
+        return self.state.get("global_tokens") != "none" or not moved_on
 
     def weights(self) -> dict[str, Tensor]:
         """``tensors``, with the local projections for global ones that are not the model's own."""
@@ -87,8 +122,8 @@ class Source(ABC):
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether there is one: given, or the source's own."""
-        return self._given is not None or self.has_own_tokenizer
+        """Whether there is one: given, or the source's own, unless none is wanted."""
+        return self._how.with_tokenizer and (self._given is not None or self.has_own_tokenizer)
 
     def hashes(self) -> dict[str, str]:
         """``own_hashes``, and the fingerprint of a tokenizer that was given."""
@@ -129,14 +164,21 @@ class FolderSource(Source):
         InputError: there is none, or files of a checkpoint are not as they were written.
     """
 
-    def __init__(self, path: Path, tokenizer: Path | None) -> None:
-        super().__init__(tokenizer)
+    def __init__(self, path: Path, how: Choices) -> None:
+        super().__init__(how)
         self.path = model_folder(path)
         self.state = run_state(self.path)
-        self.config = read_config(self.path)
+        config = read_config(self.path)
+        # Rows that a training went through count as learnt, all of them.
+        self.config = dataclasses.replace(config, learnt_positions=0) if self.state else config
+        stored = open_weights(self.path, self.config)
+        self._tensors = stored.tensors
+        if stored.left_out:
+            kind = "masked-LM model" if config.has_lm_head else "model without a head"
+            self.notes = (f"left out, no part of a {kind}: {listed(stored.left_out, ', ')}",)
 
-    def tensors(self) -> dict[str, Tensor]:
-        return finite_tensors(self.path)
+    def _stored_tensors(self) -> dict[str, Tensor]:
+        return dict(self._tensors)
 
     def own_hashes(self) -> dict[str, str]:
         found = hashes(self.path)
@@ -160,31 +202,31 @@ class FairseqSource(Source):
         InputError: it does not read, is another model, or its tokenizer is missing or another's.
     """
 
-    def __init__(self, path: Path, tokenizer: Path | None) -> None:
-        super().__init__(tokenizer)
+    def __init__(self, path: Path, how: Choices) -> None:
+        super().__init__(how)
         self.path = path
         model = from_checkpoint(read_checkpoint(path))
         self.config, self.notes, self._tensors = model.config, model.notes, model.tensors
         self.state = {"global_tokens": model.global_tokens} if model.is_plugin else {}
         self.model_path, self._is_plugin = model.model_path, model.is_plugin
         self._dictionary = path.parent / DICTIONARY_NAME
-        if not model.is_plugin:
+        if how.with_tokenizer and not model.is_plugin:
             self._need_tokenizer()
         if self.model_path is not None:
-            own = self._given is None and self.has_own_tokenizer
+            own = self._given is None and self.has_tokenizer and self.has_own_tokenizer
             what = "sizes and tokenizer" if own else "sizes"
             folder = shown(self.model_path.absolute(), _LONGEST_PATH)
             self.notes = (f"{what} from model_path {folder}", *self.notes)
 
-    def tensors(self) -> dict[str, Tensor]:
-        need_finite(self.path, self._tensors)
+    def _stored_tensors(self) -> dict[str, Tensor]:
         return dict(self._tensors)
 
     def own_hashes(self) -> dict[str, str]:
         found = {self.path.name: sha256(self.path)}
+        own = self._given is None and self.has_tokenizer and self.has_own_tokenizer
         if not self._is_plugin:
-            return found | ({} if self._given else {DICTIONARY_NAME: sha256(self._dictionary)})
-        if self.model_path is not None and self._given is None and self.has_own_tokenizer:
+            return found | ({DICTIONARY_NAME: sha256(self._dictionary)} if own else {})
+        if self.model_path is not None and own:
             found["tokenizer of model_path"] = load_tokenizer(self.model_path).fingerprint
         sizes = json.dumps(config_json(self.config), sort_keys=True)  # a folder's, maybe
         return found | {"config": hashlib.sha256(sizes.encode()).hexdigest()}
@@ -230,19 +272,33 @@ class FairseqSource(Source):
             )  # fmt: skip
 
 
-def open_source(path: Path | str, *, tokenizer: Path | str | None = None) -> Source:
+def open_source(
+    path: Path | str,
+    *,
+    tokenizer: Path | str | None = None,
+    with_tokenizer: bool = True,
+    allow_nonfinite: bool = False,
+) -> Source:
     """The model that a path means: a file is fairseq's, a folder is Hugging Face's or a run.
 
     Args:
         path: a run, a checkpoint, a model folder, or a fairseq `.pt`.
         tokenizer: a folder with the tokenizer to take instead of the source's own.
+        with_tokenizer: whether a tokenizer is looked for at all.
+        allow_nonfinite: whether weights may be NaN or infinite.
 
     Raises:
         InputError: see FolderSource and FairseqSource.
     """
     path, given = Path(path), None if tokenizer is None else Path(tokenizer)
+    how = Choices(tokenizer=given, with_tokenizer=with_tokenizer, allow_nonfinite=allow_nonfinite)
+    if path.is_file() and (path.suffix == Path(WEIGHTS_NAME).suffix or path.name == PICKLED_NAME):
+        raise InputError(
+            str(path), got="a file of weights", wanted="its folder, which has config.json too",
+            way_out=f"Give {path.parent}.",
+        )  # fmt: skip
     if path.is_file():
-        return FairseqSource(path, given)
+        return FairseqSource(path, how)
     if not path.exists() and path.suffix == ".pt":
         raise InputError(
             str(path), got="no such file", wanted="a fairseq checkpoint",
@@ -254,7 +310,7 @@ def open_source(path: Path | str, *, tokenizer: Path | str | None = None) -> Sou
             wanted="a model folder, a run, or one fairseq checkpoint by its name",
             way_out=f"Give {path / checkpoints[0]}.",
         )  # fmt: skip
-    return FolderSource(path, given)
+    return FolderSource(path, how)
 
 
 def _checkpoints(folder: Path) -> list[str]:

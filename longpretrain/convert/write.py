@@ -1,38 +1,35 @@
-"""Weights out: a folder that transformers or fairseq loads, checked, with a card of facts found."""
+"""Weights out: a folder that another library loads, checked, with a card of facts found."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from longpretrain.convert.card import CARD_NAME, MARK, card
-from longpretrain.convert.fairseq_dictionary import (
-    DICTIONARY_NAME,
-    dictionary_text,
-    read_dictionary,
-)
-from longpretrain.convert.fairseq_file import read_checkpoint, write_checkpoint
-from longpretrain.convert.fairseq_model import (
-    CheckpointParts,
-    from_checkpoint,
-    need_fairseq_expressible,
-    to_checkpoint,
-)
+from longpretrain.convert.fairseq_dictionary import DICTIONARY_NAME
+from longpretrain.convert.fairseq_model import need_fairseq_expressible
+from longpretrain.convert.onnx_folder import need_onnx, stored_dtype, write_onnx
+from longpretrain.convert.precision import dtype_named, effect, need_representable
 from longpretrain.convert.read import need_expressible
 from longpretrain.convert.source import Source, open_source
-from longpretrain.convert.verify import VerifyReport, VerifyRow, verify, why_no_transformers
-from longpretrain.data.tokenizer import Tokenizer, load_tokenizer
+from longpretrain.convert.verify import VerifyReport, verify, why_no_transformers
+from longpretrain.convert.write_fairseq import FAIRSEQ_NAME, write_fairseq
 from longpretrain.errors import InputError
 from longpretrain.files import fresh_folder
+from longpretrain.mapped import release
+from longpretrain.model import ModelConfig, read_tensors
+from longpretrain.model.families import POOLER, is_of_a_head
 from longpretrain.model.folder import holds_a_model_only, write_model
 
-FAIRSEQ_NAME = "model.pt"
 _FAIRSEQ_FILES = {FAIRSEQ_NAME, DICTIONARY_NAME, CARD_NAME}
 # Format -> the library that loads it.
-_FORMATS = {"hf": "transformers", "fairseq": "fairseq"}
+_FORMATS = {"hf": "transformers", "fairseq": "fairseq", "onnx": "onnx"}
+_MODELS = ("masked-lm", "bare")
+_NOT_ASKED = "it was not asked for (--no-check)"
 
 
 def export(
@@ -41,6 +38,9 @@ def export(
     *,
     format: str = "hf",
     tokenizer: Path | str | None = None,
+    model: str = "masked-lm",
+    dtype: str | None = None,
+    check: bool = True,
 ) -> VerifyReport | None:
     """Writes weights as a folder for another library: whole and verified, or not at all.
 
@@ -48,140 +48,121 @@ def export(
     it gets its name, and the model card holds the outcome: a Hugging Face folder against
     transformers; a fairseq checkpoint, as this package does without fairseq, by reading it back.
 
+    A Hugging Face folder is written tensor by tensor, in little memory. Its check is not: it holds
+    the model twice in fp32, ours and transformers', and a third time where ``dtype`` rounds.
+
     Args:
         source: a run (its newest checkpoint is taken), a checkpoint, a model folder, or a fairseq
             `.pt` with its dict.txt beside it.
         target: the folder to make; an earlier export there, with no other files, is replaced.
-        format: "hf", or "fairseq": model.pt of its ``roberta``, or of our plugin's
-            ``longformer``, and dict.txt.
+        format: "hf"; "fairseq": model.pt of its ``roberta``, or of our plugin's ``longformer``, and
+            dict.txt; "onnx": model.onnx for inputs of any size, compared with our model at many.
         tokenizer: a folder with the tokenizer to take instead of the source's own.
+        model: "masked-lm", or "bare": the encoder alone, as transformers' LongformerModel. A
+            source without a masked-LM head is always bare.
+        dtype: "fp32", "bf16" or "fp16", to which every number is rounded. None: the source's.
+        check: whether to compare a Hugging Face folder with transformers.
 
     Returns:
-        The checks that it passed, or None where transformers is not installed.
+        The checks that it passed, or None where there was no comparison with transformers.
 
     Raises:
         InputError: a format that is not there, a model or a tokenizer that the format cannot
-            express, damaged files, weights that are not finite, or a target that is something
-            else.
+            express, numbers too large for the type, damaged files, weights that are not finite, or
+            a target that is something else.
         RuntimeError: a check failed; the message has the table.
     """
-    if format not in _FORMATS:
-        raise InputError(
-            "export format", got=format, wanted=" or ".join(_FORMATS),
-            way_out="Other formats are not written yet.",
-        )  # fmt: skip
-    target = Path(target)
+    _need_known("format", format, _FORMATS)
+    _need_known("model", model, _MODELS)
+    target, rounded = Path(target), dtype_named(dtype)
     origin = open_source(source, tokenizer=tokenizer)
-    need = need_expressible if format == "hf" else need_fairseq_expressible
-    need(origin.path, origin.config)
+    is_bare = model == "bare" or not origin.config.has_lm_head
+    config = dataclasses.replace(origin.config, has_lm_head=not is_bare)
+    if format == "onnx":
+        need_onnx(origin.path, config, rounded)
+    else:
+        need = need_expressible if format == "hf" else need_fairseq_expressible
+        need(origin.path, config)
     tensors = origin.weights()
+    if is_bare:
+        tensors = {name: tensor for name, tensor in tensors.items() if not is_of_a_head(name)}
+    rounded = stored_dtype(tensors, rounded) if format == "onnx" else rounded
     global_tokens = _global_tokens(origin, tensors)
+    notes = [*origin.notes, *_notes_of_bare(format, origin.config, config, tensors)]
+    notes += need_representable(origin.path, tensors, rounded) if rounded else ()
     with fresh_folder(target, belongs=_is_export) as fresh:
+        unchecked = why_no_transformers() or ("" if check else _NOT_ASKED)
         if format == "hf":
-            report = _write_hugging_face(origin, tensors, fresh)
+            report = _write_hugging_face(origin, (config, tensors), fresh, rounded, not unchecked)
+        elif format == "onnx":
+            assert rounded is not None
+            report = write_onnx(origin, (config, tensors), fresh, dtype=rounded)
         else:
-            report = _write_fairseq(origin, tensors, fresh, global_tokens)
-        if report is not None and not report.ok:
-            raise RuntimeError("\n".join(["the export fails its check:", *report.lines()]))
+            own = {name: tensor.to(rounded or tensor.dtype) for name, tensor in tensors.items()}
+            report = write_fairseq(origin, own, fresh, global_tokens=global_tokens)
+        if report is not None:
+            report = dataclasses.replace(report, notes=(*notes, *report.notes))
+            if not report.ok:
+                raise RuntimeError("\n".join(["the export fails its check:", *report.lines()]))
         text = card(
-            target.absolute().name, origin,
-            parameters=sum(tensor.numel() for tensor in tensors.values()),
-            report=report, unchecked=why_no_transformers() or "", library=_FORMATS[format],
-            global_tokens=global_tokens,
-            notes=origin.notes if report is None else report.notes,
+            target.absolute().name, origin, config=config, tensors=tensors, dtype=rounded,
+            report=report, unchecked=unchecked, library=_FORMATS[format],
+            global_tokens=global_tokens, notes=notes if report is None else report.notes,
         )  # fmt: skip
         (fresh / CARD_NAME).write_text(text, encoding="utf-8")
     return report
 
 
-def _write_hugging_face(
-    source: Source, tensors: dict[str, Tensor], folder: Path
-) -> VerifyReport | None:
-    write_model((source.config, tensors), folder)
-    source.carry_tokenizer(folder, source.config.max_tokens)
-    if why_no_transformers():
-        return None
-    return dataclasses.replace(verify(folder), notes=source.notes)
-
-
-def _write_fairseq(
-    source: Source, tensors: dict[str, Tensor], folder: Path, global_tokens: str
-) -> VerifyReport:
-    config, tokenizer = source.config, source.tokenizer()
-    if config.model_type == "longformer":
-        # The plugin knows RoBERTa's tokenizer only, or that of a folder, which has its own way in.
-        if tokenizer is not None and tokenizer.fingerprint != load_tokenizer().fingerprint:
-            raise InputError(
-                f"tokenizer of {source.path}", got="another one", wanted="RoBERTa's BPE",
-                way_out="Keep the Hugging Face folder; fairseq-train takes it as --model-path.",
-            )  # fmt: skip
-        tokenizer = load_tokenizer()
-    elif tokenizer is None:
+def _need_known(what: str, got: str, wanted: Iterable[str]) -> None:
+    if got not in wanted:
         raise InputError(
-            f"tokenizer of {source.path}", got="none", wanted=f"one, for {DICTIONARY_NAME}",
-            way_out="Say --tokenizer DIR.",
+            f"export {what}", got=got, wanted=" or ".join(wanted),
+            way_out=f"Other ones are not written: pick a {what} of these.",
         )  # fmt: skip
-    text = dictionary_text(tokenizer, rows=config.vocab_size, where=source.path)
-    parts = to_checkpoint(config, tensors, global_tokens=global_tokens)
-    (folder / DICTIONARY_NAME).write_text(text, encoding="utf-8")
-    write_checkpoint(folder / FAIRSEQ_NAME, parts.tensors, parts.model, parts.task)
-    rows = (
-        *_read_back(folder / FAIRSEQ_NAME, source, parts),
-        _read_dictionary_back(folder / DICTIONARY_NAME, tokenizer, config.vocab_size),
-    )
-    return VerifyReport(rows=rows, notes=(*source.notes, *parts.notes))
+
+
+def _write_hugging_face(
+    source: Source,
+    model: tuple[ModelConfig, dict[str, Tensor]],
+    folder: Path,
+    dtype: torch.dtype | None,
+    check: bool,
+) -> VerifyReport | None:
+    config, tensors = model
+    write_model(model, folder, dtype=dtype)
+    source.carry_tokenizer(folder, config.max_tokens)
+    if not check:
+        return None
+    report = verify(folder)
+    if dtype is None or all(tensor.dtype == dtype for tensor in tensors.values()):
+        return dataclasses.replace(report, notes=())
+    return dataclasses.replace(report, notes=(effect(config, tensors, read_tensors(folder)),))
+
+
+def _notes_of_bare(
+    format: str, old: ModelConfig, new: ModelConfig, tensors: dict[str, Tensor]
+) -> tuple[str, ...]:
+    """What a folder of the bare encoder lacks, and how to load it then."""
+    if new.has_lm_head:
+        return ()
+    notes = ["without the masked-LM head"] if old.has_lm_head else []
+    if format == "hf" and POOLER[0] not in tensors:
+        notes.append("no pooler was trained: load it with add_pooling_layer=False")
+    return tuple(notes)
 
 
 def _global_tokens(source: Source, tensors: dict[str, Tensor]) -> str:
     """The training's policy; "none" makes every export copy the local projections over."""
     known = source.state.get("global_tokens")
-    if known is not None:
+    if known is not None and source.has_own_globals == (known != "none"):
         return str(known)
     local = {name: name.replace("_global.", ".") for name in tensors if "_global." in name}
-    alike = all(torch.equal(tensors[name], tensors[twin]) for name, twin in local.items())
+    alike = True
+    for name, twin in local.items():
+        alike = alike and torch.equal(tensors[name], tensors[twin])
+        release(tensors[name])
+        release(tensors[twin])
     return "none" if alike else "first"
-
-
-def _read_back(path: Path, source: Source, parts: CheckpointParts) -> tuple[VerifyRow, ...]:
-    checkpoint = read_checkpoint(path)
-    found = checkpoint.tensors
-    equal = sum(
-        name in found and tensor.dtype == found[name].dtype and torch.equal(tensor, found[name])
-        for name, tensor in parts.tensors.items()
-    )
-    # Of new weights and of the machine alone: no part of a checkpoint.
-    unwritten = (
-        "initializer_range", "attention_backend", "layer_norm_backend", "type_vocab_size",
-    )  # fmt: skip
-    back = from_checkpoint(checkpoint).config
-    wanted = dataclasses.asdict(source.config)
-    different = [
-        name
-        for name, value in dataclasses.asdict(back).items()
-        if name not in unwritten and value != wanted[name]
-    ]
-    return (
-        VerifyRow(
-            check="read back: tensors equal bit for bit", got=str(equal),
-            limit=str(len(parts.tensors)), ok=equal == len(parts.tensors) == len(found),
-        ),
-        VerifyRow(
-            check="read back: sizes and arithmetic", got=", ".join(different) or "equal",
-            limit="equal", ok=not different,
-        ),
-    )  # fmt: skip
-
-
-def _read_dictionary_back(path: Path, tokenizer: Tokenizer, rows: int) -> VerifyRow:
-    back = read_dictionary(path, rows=rows)
-    if rows == tokenizer.vocab_size == len(tokenizer.vocab):
-        alike = back.fingerprint == tokenizer.fingerprint
-    else:  # rows without a token got a name each
-        alike = tokenizer.vocab.items() <= back.vocab.items()
-    return VerifyRow(
-        check="read back: dictionary", got="equal" if alike else "another tokenizer",
-        limit="equal", ok=alike,
-    )  # fmt: skip
 
 
 def _is_export(folder: Path) -> bool:

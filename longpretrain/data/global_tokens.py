@@ -3,10 +3,15 @@
 Legend: N tokens of a sequence, G global tokens.
 The recipe's key ``model.global_tokens`` is one of
 
-    none        no global token (the published masked-LM recipe)
-    first       the first token, <s> (Longformer, section 3.1: classification)
-    every_K     tokens 0, K, 2K, ...
-    ids_A_B     every token whose id is A or B, such as a question or paragraph mark
+    none            no global token (the published masked-LM recipe)
+    first           the first token, <s> (Longformer, section 3.1: classification)
+    every_K         tokens 0, K, 2K, ...
+    ids_A_B         every token whose id is A or B, such as a question or paragraph mark
+    sentence_ends   every token that ends a sentence as far as the tokenizer shows: </s>, and tokens
+                    like . ! ?
+
+The last two go by what the model reads: a masked token is the mask, and tells nothing of what it
+was.
 """
 
 from __future__ import annotations
@@ -18,6 +23,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from longpretrain.data.sentence_ends import sentence_end_ids
+from longpretrain.data.tokenizer import Tokenizer
 from longpretrain.errors import InputError
 
 
@@ -25,21 +32,34 @@ from longpretrain.errors import InputError
 class GlobalTokens:
     """A parsed policy."""
 
-    kind: Literal["none", "first", "every", "ids"]
+    kind: Literal["none", "first", "every", "ids", "sentence_ends"]
     every: int = 0
     """Distance between global tokens; of kind every only."""
     ids: tuple[int, ...] = ()
-    """Ids of the global tokens; of kind ids only."""
+    """Ids of the global tokens; of kinds ids and sentence_ends only."""
+
+
+def global_tokens_of(text: str, tokenizer: Tokenizer) -> GlobalTokens:
+    """The policy that a recipe names, with the tokenizer's ids.
+
+    Raises:
+        InputError: not a policy; or the tokenizer has no tokens for it.
+    """
+    policy = parse_global_tokens(text)
+    if policy.kind == "sentence_ends":
+        return GlobalTokens("sentence_ends", ids=sentence_end_ids(tokenizer))
+    return policy
 
 
 def parse_global_tokens(text: str) -> GlobalTokens:
-    """The policy that a recipe names.
+    """The policy that a recipe names; of sentence_ends the ids are still to find.
 
     Raises:
-        InputError: not one of none, first, every_K, ids_A_B.
+        InputError: not one of none, first, every_K, ids_A_B, sentence_ends.
     """
-    if text in ("none", "first"):
-        return GlobalTokens("none" if text == "none" else "first")
+    for kind in ("none", "first", "sentence_ends"):
+        if text == kind:
+            return GlobalTokens(kind)
     if match := re.fullmatch(r"every_([1-9][0-9]{0,8})", text):
         return GlobalTokens("every", every=int(match[1]))
     if re.fullmatch(r"ids(_[0-9]{1,9})+", text):
@@ -48,7 +68,7 @@ def parse_global_tokens(text: str) -> GlobalTokens:
     raise InputError(
         "recipe key model.global_tokens",
         got=repr(text),
-        wanted="none, first, every_K or ids_A_B",
+        wanted="none, first, every_K, ids_A_B or sentence_ends",
         way_out="For example first, every_64 or ids_0_50264.",
     )
 
@@ -61,7 +81,7 @@ def global_positions(
     """Positions of the global tokens of an unpadded sequence: int32, ascending, G of them.
 
     Args:
-        tokens_N: ids.
+        tokens_N: ids, as the model gets them.
         policy: which of them.
         position_N: place of each token in its document where documents are packed: every document
             has the global tokens that it has alone. None: one document.
@@ -75,6 +95,6 @@ def global_positions(
             chosen = position_N == 0
         case "every":
             chosen = position_N % policy.every == 0
-        case "ids":
+        case "ids" | "sentence_ends":
             chosen = np.isin(tokens_N, policy.ids)
     return np.flatnonzero(chosen).astype(np.int32)

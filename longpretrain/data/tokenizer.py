@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from longpretrain.data import byte_bpe, text_parts, tokenizer_files
 from longpretrain.data.manifest import dtype_for
 from longpretrain.errors import InputError
-from longpretrain.files import read_json_object
 
 ROBERTA_BPE = Path(__file__).parent / "roberta_bpe"
 
@@ -189,21 +188,27 @@ class ByteLevelBPE(Tokenizer):
 class LibraryTokenizer(Tokenizer):
     """Any tokenizer.json, through the tokenizers library (WordPiece, Unigram, ...)."""
 
-    def __init__(self, folder: Path, roles: tokenizer_files.Roles, special: Iterable[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tree: Mapping[str, Any],
+        roles: tokenizer_files.Roles,
+        special: Iterable[str],
+    ) -> None:
         import tokenizers
 
         self._folder = folder
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(tree))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        tree = read_json_object(folder / "tokenizer.json")
         self._places_to_cut = text_parts.places_to_cut(tree)
         super().__init__(self._tokenizer.get_vocab(with_added_tokens=True), roles, special)
 
     @cached_property
     def fingerprint(self) -> str:
-        tree = read_json_object(self._folder / "tokenizer.json")
+        tree = tokenizer_files.read_tree(self._folder)
+        assert tree is not None, "it was read from there"
         keys = ("model", "normalizer", "pre_tokenizer", "added_tokens")
         return _sha256([tree.get(key) for key in keys])
 
@@ -225,7 +230,7 @@ class LibraryTokenizer(Tokenizer):
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
 
     def save(self, folder: Path, max_tokens: int) -> None:
-        """See the base class. The source's own files are copied, the length is set."""
+        """See the base class. Files: tokenizer.json, the config, the source's vocabulary files."""
         tokenizer_files.copy(self._folder, folder, self.roles, max_tokens)
 
 
@@ -233,8 +238,8 @@ def load_tokenizer(source: Path | str | None = None) -> Tokenizer:
     """The tokenizer of a Hugging Face folder or a SentencePiece model, or RoBERTa's BPE as shipped.
 
     Args:
-        source: a folder with tokenizer.json, vocab.json with merges.txt, or a SentencePiece model;
-            or such a .model file. None: RoBERTa's BPE.
+        source: a folder with tokenizer.json, vocab.json with merges.txt, a SentencePiece model or
+            BERT's vocab.txt; or such a .model file. None: RoBERTa's BPE.
 
     Raises:
         InputError: no such files, files that do not parse, or a special token that is missing.
@@ -256,14 +261,14 @@ def _load(source: Path) -> Tokenizer:
     files = tokenizer_files.read(source)
     roles = tokenizer_files.find_roles(source, files)
     if files.merges is None or not byte_bpe.is_exact(files.vocab, files.merges):
-        if not files.has_json:
+        if files.tree is None:
             raise InputError(
                 f"tokenizer {source}",
                 got="vocab.json and merges.txt of a BPE without all 256 bytes or with odd merges",
                 wanted="a byte-level BPE, or a tokenizer.json",
                 way_out="Load it in transformers and save_pretrained() it: that writes one.",
             )
-        return LibraryTokenizer(source, roles, files.special)
+        return LibraryTokenizer(source, files.tree, roles, files.special)
     return ByteLevelBPE(
         files.vocab, files.merges, roles, files.special, add_prefix_space=files.add_prefix_space
     )

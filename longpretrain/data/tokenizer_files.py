@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longpretrain.data import word_piece
 from longpretrain.errors import InputError
 from longpretrain.files import read_json_object, write_atomically
 
@@ -17,7 +17,11 @@ DERIVED = (
     "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "special_tokens_map.json",
     "added_tokens.json",
 )  # fmt: skip
-_COPIED = (*DERIVED, "sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
+_MODELS = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
+ALL = (*DERIVED, *_MODELS)
+"""Whatever may stand beside tokenizer_config.json."""
+# The same vocabulary in its family's own format: other tools look for it.
+_VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", *_MODELS)
 CONFIG = "tokenizer_config.json"
 # transformers' classes that take tokenizer.json as it is, by their old and their new name.
 _AS_IT_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -78,20 +82,21 @@ class TokenizerFiles:
     """Merges of a plain byte-level BPE; None for any other tokenizer."""
     special: tuple[str, ...]
     """Added tokens marked special."""
-    has_json: bool
-    """There is a tokenizer.json."""
+    tree: dict[str, Any] | None
+    """The tokenizer.json that the library can load, as transformers takes it; None: there is
+    none."""
     add_prefix_space: bool = False
     """transformers puts a space before a text that has none (byte-level BPE only)."""
 
 
 def has_files(folder: Path) -> bool:
-    """Whether ``read`` has something to read."""
+    """Whether there is what transformers takes before a SentencePiece model."""
     names = {name for name in DERIVED if (folder / name).is_file()}
     return "tokenizer.json" in names or names >= {"vocab.json", "merges.txt"}
 
 
 def read(folder: Path) -> TokenizerFiles:
-    """Reads tokenizer.json, else vocab.json and merges.txt.
+    """Reads tokenizer.json, else vocab.json and merges.txt, else BERT's vocab.txt.
 
     Raises:
         InputError: there are none, or they do not parse.
@@ -101,6 +106,8 @@ def read(folder: Path) -> TokenizerFiles:
             return _read_tokenizer_json(folder)
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             return _read_vocab_and_merges(folder)
+        if (folder / word_piece.VOCAB).is_file():
+            return _read_tokenizer_json(folder)
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
@@ -110,10 +117,10 @@ def read(folder: Path) -> TokenizerFiles:
             wanted="tokenizer files in Hugging Face's format",
             way_out="Save the tokenizer again with transformers' save_pretrained().",
         ) from error
-    nothing = "neither tokenizer.json nor vocab.json with merges.txt nor a SentencePiece .model"
+    nothing = "neither tokenizer.json nor vocab.json with merges.txt nor vocab.txt nor a"
     raise InputError(
         f"tokenizer {folder}",
-        got=nothing if folder.is_dir() else "no such folder",
+        got=f"{nothing} SentencePiece .model" if folder.is_dir() else "no such folder",
         wanted="a folder with a Hugging Face tokenizer",
         way_out="Write one with transformers' save_pretrained(), or take RoBERTa's by naming none.",
     )
@@ -208,25 +215,69 @@ def write_byte_bpe(
 
 
 def copy(source: Path, folder: Path, roles: Roles, max_tokens: int) -> None:
-    """Copies a tokenizer's files and sets the length of the longest sequence."""
-    for name in _COPIED:
+    """Writes a folder's tokenizer.json, as transformers took it there, and its vocabulary's files.
+
+    It is no model's tokenizer: any transformers takes it as it is. The class of the family would
+    build its own in transformers 5, and is not the Longformer's.
+    """
+    tree = read_tree(source)
+    assert tree is not None, "what the library has loaded"
+    # Not the source's: a tool that loads the bare file would go on to cut texts there.
+    tree |= {"truncation": None, "padding": None}
+    write_atomically(folder / "tokenizer.json", json.dumps(tree, ensure_ascii=False))
+    for name in _VOCABULARIES:
         if (source / name).is_file():
-            temporary = folder / f"{name}.part"
-            shutil.copyfile(source / name, temporary)
-            temporary.replace(folder / name)
-    config = _read_optional(source / CONFIG)
-    # Without a class transformers would take the model's, RoBERTa's BPE; this one takes any file.
-    defaults = {"tokenizer_class": "PreTrainedTokenizerFast", **roles.config}
-    stated = {key: value for key, value in config.items() if value is not None}
-    write_json(folder / CONFIG, defaults | stated | {"model_max_length": max_tokens})
+            write_atomically(folder / name, (source / name).read_bytes())
+    settings = _read_optional(source / CONFIG)
+    kept = ("clean_up_tokenization_spaces", "padding_side", "truncation_side", "model_input_names")
+    special = [entry["content"] for entry in tree.get("added_tokens") or [] if entry["special"]]
+    extra = [name for name in special if name not in roles.names]
+    has_types = tree["model"].get("type") == "WordPiece"  # as only BERT gives a pair of texts
+    config = {
+        "tokenizer_class": _AS_IT_IS[0],
+        "model_max_length": max_tokens,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": [
+            "input_ids", *(["token_type_ids"] if has_types else []), "attention_mask"
+        ],
+        **{key: settings[key] for key in kept if settings.get(key) is not None},
+        **roles.config,
+        **({"additional_special_tokens": extra} if extra else {}),
+    }  # fmt: skip
+    write_json(folder / CONFIG, config)
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.is_file() else {}
 
 
+def read_tree(folder: Path) -> dict[str, Any] | None:
+    """A folder's tokenizer.json, its own or made from vocab.txt, as transformers takes it."""
+    settings, config = (_read_optional(folder / name) for name in (CONFIG, "config.json"))
+    if (folder / "tokenizer.json").is_file():
+        return word_piece.as_set(read_json_object(folder / "tokenizer.json"), settings, config)
+    if not (folder / word_piece.VOCAB).is_file():
+        return None
+    word_piece.need_berts(folder, settings, config)
+    vocab = word_piece.read_vocab(folder / word_piece.VOCAB)
+    added = _added_tokens(folder)
+    beyond = {number: entry for number, entry in added.items() if entry["content"] not in vocab}
+    return word_piece.tree_of(vocab, beyond, known_roles(folder, vocab), settings)
+
+
+def _added_tokens(folder: Path) -> dict[int, dict[str, Any]]:
+    """Id -> entry of the tokens that were added to a vocabulary, as the configs tell."""
+    plain = {
+        int(number): {"content": name}
+        for name, number in _read_optional(folder / "added_tokens.json").items()
+    }
+    decoder = _read_optional(folder / CONFIG).get("added_tokens_decoder") or {}
+    return plain | {int(number): dict(entry) for number, entry in decoder.items()}
+
+
 def _read_tokenizer_json(folder: Path) -> TokenizerFiles:
-    tree = read_json_object(folder / "tokenizer.json")
+    tree = read_tree(folder)
+    assert tree is not None, "the caller has seen its file"
     model, added = tree["model"], tree.get("added_tokens") or []
     vocab = model["vocab"]
     if isinstance(vocab, list):  # Unigram: pieces with scores, in id order
@@ -238,7 +289,7 @@ def _read_tokenizer_json(folder: Path) -> TokenizerFiles:
         merges = [_pair(merge) for merge in model["merges"]]
     special = tuple(entry["content"] for entry in added if entry["special"])
     return TokenizerFiles(
-        vocab=vocab, merges=merges, special=special, has_json=True,
+        vocab=vocab, merges=merges, special=special, tree=tree,
         add_prefix_space=_adds_prefix_space(folder, tree),
     )  # fmt: skip
 
@@ -268,15 +319,14 @@ def _read_vocab_and_merges(folder: Path) -> TokenizerFiles:
     vocab = {
         token: int(number) for token, number in read_json_object(folder / "vocab.json").items()
     }
-    vocab |= _read_optional(folder / "added_tokens.json")
-    decoder = _read_optional(folder / CONFIG).get("added_tokens_decoder") or {}
-    vocab |= {entry["content"]: int(number) for number, entry in decoder.items()}
-    special = tuple(entry["content"] for entry in decoder.values() if entry.get("special"))
+    added = _added_tokens(folder)
+    vocab |= {entry["content"]: number for number, entry in added.items()}
+    special = tuple(entry["content"] for entry in added.values() if entry.get("special"))
     # Split at line feeds only: a merge may hold other characters that Python takes for line ends.
     lines = (folder / "merges.txt").read_bytes().decode("utf-8").replace("\r\n", "\n").split("\n")
     merges = [_pair(line) for line in lines if line and not line.startswith("#version")]
     return TokenizerFiles(
-        vocab=vocab, merges=merges, special=special, has_json=False,
+        vocab=vocab, merges=merges, special=special, tree=None,
         add_prefix_space=_adds_prefix_space(folder, {}),
     )  # fmt: skip
 

@@ -9,17 +9,20 @@ device memory for a piece of at most ``_PIECE`` elements is enough.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from longpretrain.engine.task import Task
 from longpretrain.engine.zero import MOMENTS, ZeroEngine
 
 _PIECE = 1 << 25
 _KEYS = (None, *MOMENTS)
+_NOTHING: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 Span = tuple[int, int]
 """First element and number of elements, of a flattened parameter."""
@@ -40,14 +43,40 @@ class _Place:
         return self.spans[self.owner][1] < self.shape.numel()
 
 
+def standing_share(model: nn.Module, task: Task) -> dict[str, torch.Tensor]:
+    """The tensors that do not train and that this rank writes, by stored name: fp32, in host
+    memory, dealt out over the ranks by size.
+
+    Args:
+        model: as it was read, on the CPU: an engine rounds and shards what stands still, too.
+        task: says what is stored.
+    """
+    held = [0] * dist.get_world_size()
+    share = {}
+    for name, parameter in model.named_parameters():
+        for stored in () if parameter.requires_grad else task.stored_names(name):
+            owner = held.index(min(held))
+            held[owner] += parameter.numel()
+            if owner == dist.get_rank():
+                share[stored] = parameter.detach()
+    return share
+
+
 class Share:
     """The tensors that this rank writes: where they come from is settled once.
 
     All ranks must make it and call ``take`` together.
+
+    Args:
+        engine: holds what trains, sharded or not.
+        task: names the tensors.
+        standing: what does not train and this rank writes (``standing_share``).
     """
 
-    def __init__(self, engine: ZeroEngine, task: Task) -> None:
-        self._engine, self._task = engine, task
+    def __init__(
+        self, engine: ZeroEngine, task: Task, standing: Mapping[str, torch.Tensor] = _NOTHING
+    ) -> None:
+        self._engine, self._task, self._standing = engine, task, standing
         self._rank, ranks = dist.get_rank(), dist.get_world_size()
         mine = [engine.own_span(name) for name in engine.trained_names]
         everyone: list[list[Span]] = [[] for _ in range(ranks)]
@@ -75,11 +104,11 @@ class Share:
             for places in _in_pieces([place for place in self._places if place.travels]):
                 self._exchange(places, key, whole)
         shapes = {place.name: place.shape for place in self._own}
-        share: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
+        share: dict[str, dict[str, torch.Tensor]] = {"model": {**self._standing}, "optimizer": {}}
         for (name, key), tensor in whole.items():
             shaped = tensor.view(shapes[name])
             if key is None:
-                share["model"] |= dict.fromkeys(self._task.stored_names(name), shaped)
+                share["model"] |= self._task.stored(name, shaped)
             else:
                 share["optimizer"][f"{name}.{key}"] = shaped
         return share

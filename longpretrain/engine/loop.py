@@ -23,6 +23,7 @@ from torch import nn
 from longpretrain.config import Config, to_tree
 from longpretrain.engine import checkpoint
 from longpretrain.engine.forensics import Forensics
+from longpretrain.engine.gather import standing_share
 from longpretrain.engine.loader import Loader
 from longpretrain.engine.saver import Saver
 from longpretrain.engine.signals import StopRequest
@@ -132,9 +133,10 @@ def train(
         Loader(config, task, ranks, accumulation, first=first, pin=pin) as batches,
         ExitStack() as held,
     ):
+        standing = standing_share(model, task)
         engine, progress = _start(config, model, device, accumulation, resume_from)
         saver = held.enter_context(
-            Saver(config, engine, task, metrics, step=progress.step, mark=mark)
+            Saver(config, engine, task, metrics, step=progress.step, standing=standing, mark=mark)
         )
         forensics = Forensics(config, task, engine, ranks, metrics=metrics, mark=mark)
         while progress.step < total:
@@ -275,6 +277,7 @@ def _state(config: Config, engine: ZeroEngine, task: Task, progress: _Progress) 
         "updates_applied": engine.updates_applied,
         "loss_scaling": engine.loss_scaling,
         "global_tokens": config.model.global_tokens,
+        "train_only": config.model.train_only,
         "world_size": dist.get_world_size(),
         "mix_version": task.version(progress.samples_done - 1),
         "task": task.identity(),

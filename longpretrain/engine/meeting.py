@@ -4,6 +4,9 @@ Without it a world size that differs, or a rank number given twice, is a hang of
 rank signs a TCP store at MASTER_ADDR:MASTER_PORT, which rank 0 hosts (under torchrun its agent
 does). A rank that finds its number taken, or another world size at rank 0, objects; rank 0 counts
 who came and gives the verdict: "" or the first objection.
+
+A rank counts as come when its watchdog is up: from the verdict on, there is no moment at which a
+rank could die unseen.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from longpretrain.engine.process_watch import place, runs
 from longpretrain.errors import InputError
 from longpretrain.ranks import Ranks
 
@@ -31,24 +35,42 @@ _LONGEST_TIMEOUT_S = 86_400.0
 _FAREWELL_S = 5.0
 """How long rank 0 keeps the store up after a refusal, so that the others learn why; and how long
 another rank 0 looks for it."""
+_LOOK_S = 0.5
+"""Between two looks of rank 0 for ranks of its machine that ended."""
 
 
-def meet(ranks: Ranks, is_stopped: Callable[[], bool]) -> Store:
+class Watch(Protocol):
+    """What watches over the ranks from their meeting on (watchdog.py)."""
+
+    def invite(self) -> str:
+        """Rank 0's, to be handed to all."""
+
+    def begin(self, invitation: str) -> None:
+        """Starts to watch over this rank."""
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it does, as far as it ever will."""
+
+
+def meet(ranks: Ranks, is_stopped: Callable[[], bool], watch: Watch | None = None) -> Store:
     """Waits until all ranks are there and fit; keep what it returns until the group is formed.
 
     Args:
         ranks: this process's place; ``master_port`` must be set.
         is_stopped: whether a signal asked to stop; then nobody is waited for.
+        watch: is up when this returns; on all ranks, or on none.
 
     Raises:
         InputError: a rank number twice, world sizes that differ, or a rank that did not come.
+        RuntimeError: rank 0 left, and ``watch`` is up, which can say why.
         KeyboardInterrupt: ``is_stopped``.
     """
     wait = _Wait(is_stopped, join_timeout_s())
     store = _open(ranks, wait)
     room = _room(store)
     try:
-        objection = _sign(room, ranks, wait)
+        objection = _sign(room, ranks, wait, watch)
         if ranks.is_first:
             verdict = _judge(room, ranks, wait)
             room.set("verdict", verdict)
@@ -60,6 +82,8 @@ def meet(ranks: Ranks, is_stopped: Callable[[], bool]) -> Store:
             if not objection:
                 room.add("left", 1)
     except RuntimeError as error:  # torch's errors of a store: its host went away
+        if watch and watch.is_up:
+            raise
         raise InputError(
             "rank 0",
             got=f"it left while ranks met ({error})",
@@ -189,9 +213,12 @@ def _refuse_taken_port(ranks: Ranks, error: RuntimeError) -> NoReturn:
     ) from error
 
 
-def _sign(room: Store, ranks: Ranks, wait: _Wait) -> str:
+def _sign(room: Store, ranks: Ranks, wait: _Wait, watch: Watch | None) -> str:
     """Writes who this rank is; returns why it does not fit, having told rank 0, or ""."""
-    mine = json.dumps(_signature(ranks))
+    signature = _signature(ranks)
+    if watch and ranks.is_first:
+        signature["watch"] = watch.invite()
+    mine = json.dumps(signature)
     theirs = room.compare_set(f"rank {ranks.rank}", "", mine).decode()
     objection: InputError | None = None
     if theirs != mine:
@@ -211,6 +238,10 @@ def _sign(room: Store, ranks: Ranks, wait: _Wait) -> str:
         text = _to_text(objection)
         room.compare_set("objection", "", text)
         return text
+    if watch:
+        watch.begin(first["watch"])
+        # Asking the store shows that rank 0 is still there.
+        wait.until(lambda: watch.is_up or not room.check(["rank 0"]), lambda: _nobody(ranks))
     room.add("came", 1)
     return ""
 
@@ -229,14 +260,48 @@ def _judge(room: Store, ranks: Ranks, wait: _Wait) -> str:
             way_out=f"Its own output may say why; {JOIN_TIMEOUT} sets how long to wait.",
         )
 
+    absent = _Absent(room, ranks)
+
+    def is_decided() -> bool:
+        absent.look()
+        return room.check(["objection"]) or room.add("came", 0) >= ranks.world_size
+
     try:
-        wait.until(
-            lambda: room.check(["objection"]) or room.add("came", 0) >= ranks.world_size,
-            someone_is_missing,
-        )
+        wait.until(is_decided, someone_is_missing)
     except InputError as error:
         return _to_text(error)
     return room.get("objection").decode() if room.check(["objection"]) else ""
+
+
+class _Absent:
+    """Ranks of rank 0's own machine that signed and ended before all had come: nobody waits for
+    them. (Those of other machines are missing when the time is over.)
+    """
+
+    def __init__(self, room: Store, ranks: Ranks) -> None:
+        self._room, self._unsigned = room, set(range(ranks.world_size))
+        self._here: dict[int, dict[str, object]] = {}
+        self._look_at = 0.0
+
+    def look(self) -> None:
+        """Raises InputError for the first that it finds."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + _LOOK_S
+        for rank in [rank for rank in self._unsigned if self._room.check([f"rank {rank}"])]:
+            self._unsigned.remove(rank)
+            signature = json.loads(self._room.get(f"rank {rank}"))
+            if signature["place"] == place():
+                self._here[rank] = signature
+        for rank, signature in self._here.items():
+            if not runs(int(str(signature["pid"]))):
+                raise InputError(
+                    f"rank {rank}",
+                    got=f"its end ({_who(signature)}) while ranks met",
+                    wanted="all ranks to stay",
+                    way_out="Its own output may say why; start all ranks again.",
+                )
 
 
 def _stay_a_moment(room: Store) -> None:
@@ -247,7 +312,8 @@ def _stay_a_moment(room: Store) -> None:
 
 
 def _signature(ranks: Ranks) -> dict[str, object]:
-    return {"world_size": ranks.world_size, "host": socket.gethostname(), "pid": os.getpid()}
+    who = {"host": socket.gethostname(), "pid": os.getpid(), "place": place()}
+    return {"world_size": ranks.world_size, **who}
 
 
 def _who(signature: dict[str, object]) -> str:

@@ -93,12 +93,12 @@ def _handle(pid: int) -> int:
     except OSError as error:
         if error.errno != errno.ENOSYS:  # Linux before 5.3
             raise
-    if not _runs(pid):
+    if not runs(pid):
         raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
     reader, writer = os.pipe()
 
     def look() -> None:
-        while _runs(pid):
+        while runs(pid):
             time.sleep(_LOOK_S)
         os.close(writer)
 
@@ -106,7 +106,8 @@ def _handle(pid: int) -> int:
     return reader
 
 
-def _runs(pid: int) -> bool:
+def runs(pid: int) -> bool:
+    """Whether a process of this machine does; one that ended and was not waited for does not."""
     fields = _fields(pid)
     return fields is not None and fields[_STATE] != "Z"
 

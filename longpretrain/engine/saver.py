@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self
 
 import torch
@@ -70,6 +70,7 @@ class Saver:
         config: run folder, and what ``checkpoint`` says.
         engine: holds weights and moments, sharded or not.
         task: names the tensors and writes config and tokenizer.
+        standing: what does not train and this rank writes (``standing_share``).
         metrics: told of each save.
         step: of the checkpoint that the run goes on from; 0 at its beginning.
         mark: told when a wait for the disk makes progress.
@@ -83,9 +84,11 @@ class Saver:
         metrics: MetricsLog,
         *,
         step: int,
+        standing: Mapping[str, torch.Tensor] = MappingProxyType({}),
         mark: Callable[[str], None] = lambda what: None,
     ) -> None:
         self._config, self._engine, self._task = config, engine, task
+        self._standing = standing
         self._metrics, self._mark = metrics, mark
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self.saved_step = self._tried_step = step
@@ -103,7 +106,7 @@ class Saver:
         # Nobody writes before the left-overs are gone.
         dist.all_gather_object(everyone, (uuid.uuid4().hex[:8], mine))
         self._attempt = everyone[0][0]
-        self._never_finite = {
+        self._unchecked = set(standing) | {
             stored for _, found in everyone for name in found for stored in task.stored_names(name)
         }
 
@@ -158,7 +161,7 @@ class Saver:
         self._is_time = False
         self._tried_step, self._tried_at = step, began
         self._called_off.clear()
-        self._share = self._share or Share(self._engine, self._task)
+        self._share = self._share or Share(self._engine, self._task, self._standing)
         share = self._share.take()
         final = self._config.run_dir / "checkpoints" / f"step-{step:06d}"
         save = _Save(
@@ -245,7 +248,7 @@ class Saver:
         hashes: dict[str, str] = {}
         paths = {kind: part / file_name(kind, self._rank, self._ranks) for kind in share}
         for name, tensor in share["model"].items():
-            if name not in self._never_finite and not is_finite(tensor):
+            if name not in self._unchecked and not is_finite(tensor):
                 raise FloatingPointError(f"{name} is not finite: weights have overflowed")
         try:
             part.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,7 +62,13 @@ class Task(Protocol):
         ...
 
     def stored_names(self, parameter: str) -> tuple[str, ...]:
-        """Names under which a checkpoint stores a trained parameter; the first one is read back."""
+        """Names under which a checkpoint stores a parameter; none for one that does not train and
+        is stored as part, or as a copy, of another.
+        """
+        ...
+
+    def stored(self, parameter: str, value: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """What a checkpoint stores of a trained parameter, by those names."""
         ...
 
     def write_model_files(self, folder: Path) -> None:

@@ -8,12 +8,13 @@ of it, and a bad disk would go unnoticed.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+
+from longpretrain.safetensors_file import header, write_all
 
 _PIECE = 8 << 20
 _UNSYNCED = 64 << 20
@@ -38,7 +39,7 @@ def write_tensors(
     unsynced = 0
     with path.open("xb", buffering=0) as file:
         for piece in _pieces(tensors):
-            _write_all(file.fileno(), piece)
+            write_all(file.fileno(), piece)
             digest.update(piece)
             unsynced += len(piece)
             if unsynced >= _UNSYNCED:
@@ -50,28 +51,9 @@ def write_tensors(
 
 
 def _pieces(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
-    yield memoryview(_header(tensors))
+    yield memoryview(header((n, "F32", (*t.shape,), 4) for n, t in tensors.items()))
     for tensor in tensors.values():
         assert tensor.dtype == torch.float32
         data = tensor.detach().view(-1).numpy().view("u1").data
         for start in range(0, len(data), _PIECE):
             yield data[start : start + _PIECE]
-
-
-def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """Length, names, shapes and places; transformers asks for the metadata."""
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, tensor in tensors.items():
-        end = start + 4 * tensor.numel()
-        table[name] = {"dtype": "F32", "shape": [*tensor.shape], "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(table, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
-    return len(text).to_bytes(8, "little") + text
-
-
-def _write_all(descriptor: int, piece: memoryview) -> None:
-    # A disk that is nearly full takes a part first, and refuses at the next call.
-    while piece:
-        piece = piece[os.write(descriptor, piece) :]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from longpretrain.data.blocks import Blocks, Policy
-from longpretrain.data.global_tokens import global_positions, parse_global_tokens
+from longpretrain.data.global_tokens import global_positions, global_tokens_of
 from longpretrain.data.hashing import hash64
 from longpretrain.data.masking import mask_tokens
 from longpretrain.data.shards import Corpus
@@ -89,7 +89,7 @@ class HeldOut:
             )  # fmt: skip
         self.corpus, self.tokenizer, self.policy = corpus, tokenizer, blocks
         self.max_tokens, self.seed, self.probability = max_tokens, seed, probability
-        self._global_tokens = parse_global_tokens(global_tokens)
+        self._global_tokens = global_tokens_of(global_tokens, tokenizer)
         self._blocks = Blocks(
             corpus, policy=blocks, max_tokens=max_tokens,
             bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id,
@@ -114,7 +114,7 @@ class HeldOut:
             inputs_N=inputs_N,
             positions_M=positions_M,
             targets_M=tokens_N[positions_M],
-            global_G=global_positions(tokens_N, self._global_tokens) if has_global else None,
+            global_G=global_positions(inputs_N, self._global_tokens) if has_global else None,
         )
 
     def numbers(self, sequences: int | None) -> list[int]:

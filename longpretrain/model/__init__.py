@@ -3,7 +3,9 @@
 from longpretrain.model.encoder import ModelConfig
 from longpretrain.model.folder import (
     config_json,
+    load_encoder,
     load_model,
+    need_lm_head,
     read_config,
     read_tensors,
     save_model,
@@ -18,7 +20,9 @@ __all__ = [
     "ModelConfig",
     "config_json",
     "copy_local_to_global",
+    "load_encoder",
     "load_model",
+    "need_lm_head",
     "read_config",
     "read_tensors",
     "save_model",

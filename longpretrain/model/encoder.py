@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from longpretrain.attention import AttentionPattern, sliding_attention
 from longpretrain.errors import InputError
 from longpretrain.model.layer_norm import LayerNorm
+from longpretrain.model.new_positions import LearntAndNewPositions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,11 @@ class ModelConfig:
     """Distance between reached keys, one per head; (): 1. Hugging Face's format lacks it."""
     causal: bool = False
     """Keys after the query are out of reach. Hugging Face's format lacks it."""
+    has_lm_head: bool = True
+    """Whether there is a masked-LM head; without one a folder holds the bare encoder."""
+    learnt_positions: int = 0
+    """Positions whose rows were learnt before the model was lengthened: later rows are new. 0:
+    unknown, as of interpolated rows. Training leaves it as it is."""
     attention_backend: str = "auto"
     """Which implementation runs attention; never stored."""
     layer_norm_backend: str = "auto"
@@ -116,6 +122,9 @@ def _check(config: ModelConfig) -> None:
     rows = config.max_position_embeddings
     wanted = f"{config.pad_id + 2} or more ({config.pad_id + 1} rows are taken by padding)"
     _need("max_position_embeddings", rows, config.max_tokens >= 1, wanted)
+    learnt = config.learnt_positions
+    wanted = f"0 to {config.max_tokens}, the positions of the model"
+    _need("learnt_positions", learnt, 0 <= learnt <= config.max_tokens, wanted)
     for name in ("hidden_dropout", "attention_dropout"):
         _need(name, getattr(config, name), 0 <= getattr(config, name) < 1, "0 <= x < 1")
     _check_windows(config)
@@ -153,7 +162,9 @@ class Embeddings(nn.Module):
         self.pad_id = pad
         self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=pad)
         positions = config.max_position_embeddings
-        self.position_embeddings = nn.Embedding(positions, width, padding_idx=pad)
+        self.position_embeddings: nn.Embedding | LearntAndNewPositions = nn.Embedding(
+            positions, width, padding_idx=pad
+        )
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
         self.LayerNorm = layer_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)

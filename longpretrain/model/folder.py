@@ -17,20 +17,21 @@ import torch
 from torch import Tensor
 
 from longpretrain.errors import InputError
-from longpretrain.files import fresh_folder, read_json_object
-from longpretrain.model.encoder import ModelConfig
+from longpretrain.files import fresh_folder
+from longpretrain.model.encoder import Encoder, ModelConfig
+from longpretrain.model.families import CONFIG_NAME, Family, read_family
 from longpretrain.model.lm_head import LongformerForMaskedLM
 from longpretrain.model.skeleton import without_values
 from longpretrain.model.weights import (
     INDEX_NAME,
     SHARD_BYTES,
     WEIGHTS_NAME,
+    has_lm_head,
     read_weights,
     write_weights,
 )
 
-CONFIG_NAME = "config.json"
-_ARCHITECTURES = {"longformer": "LongformerForMaskedLM", "roberta": "RobertaForMaskedLM"}
+_ARCHITECTURES = {"longformer": "Longformer", "roberta": "Roberta"}
 
 # Hugging Face's key -> (ours, what a file means by leaving the key out; None: it must be there)
 _KEYS: dict[str, tuple[str, int | float | None]] = {
@@ -61,45 +62,46 @@ _FIXED = {
 # All that lies in a model folder of ours, so that replacing one deletes nobody's work.
 _OUR_FILES = {
     CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, "README.md", "conversion.json",
+    "model.onnx", "model.onnx.data",
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt",
     "special_tokens_map.json", "added_tokens.json", "sentencepiece.bpe.model", "spiece.model",
     "tokenizer.model",
 }  # fmt: skip
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _CHANGEABLE = (
-    "attention_window", "dilation", "causal",
+    "attention_window", "dilation", "causal", "learnt_positions",
     "hidden_dropout", "attention_dropout", "attention_backend", "layer_norm_backend",
 )  # fmt: skip
 
 
 def read_config(folder: Path | str) -> ModelConfig:
-    """The configuration in a folder's `config.json`.
+    """The configuration in a folder's `config.json`, of any family that is read.
+
+    Whether there is a masked-LM head is known from the names of the weights.
 
     Raises:
         InputError: no such file, not JSON, a model type or an arithmetic that is not ours.
     """
-    path = Path(folder) / CONFIG_NAME
-    tree = read_json_object(
-        path, way_out="Give a folder that save_pretrained or longpretrain wrote."
-    )
-    model_type = tree.get("model_type")
-    if model_type not in _ARCHITECTURES:
-        raise InputError(
-            f"model type in {path}", got=model_type, wanted=" or ".join(_ARCHITECTURES),
-            way_out="Models of other families are not read.",
-        )  # fmt: skip
+    folder = Path(folder)
+    path = folder / CONFIG_NAME
+    family, tree = read_family(folder)
     for key, value in _FIXED.items():
         if tree.get(key, value) != value:
             raise InputError(
                 f"{key} in {path}", got=tree[key], wanted=value,
                 way_out="Such a model computes something else and is not read.",
             )  # fmt: skip
-    fields: dict[str, Any] = {"model_type": model_type}
-    for key, (name, default) in _KEYS.items():
+    fields: dict[str, Any] = {"model_type": family.becomes}
+    defaults = {**family.defaults, **family.special_ids(folder)}
+    for key, (name, usual) in _KEYS.items():
         number = tree.get(key)
+        default = defaults.get(key, usual)
         fields[name] = _number(path, key, default if number is None else number, name in _REALS)
-    if model_type == "longformer":
+    if not family.has_padding_rows:
+        fields["max_position_embeddings"] += fields["pad_id"] + 1
+    if family.becomes == "longformer":
         fields["attention_window"] = _windows(path, tree, fields["num_layers"])
+    fields["has_lm_head"] = _has_lm_head(folder, family, tree)
     return ModelConfig(**fields, **_own_block(path, tree))
 
 
@@ -112,7 +114,9 @@ def config_json(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any
     """
     tree: dict[str, Any] = {key: getattr(config, name) for key, (name, _) in _KEYS.items()}
     tree |= {
-        "architectures": [_ARCHITECTURES[config.model_type]],
+        "architectures": [
+            _ARCHITECTURES[config.model_type] + ("ForMaskedLM" if config.has_lm_head else "Model")
+        ],
         "dtype": dtype,
         "hidden_act": "gelu",
         "model_type": config.model_type,
@@ -126,6 +130,8 @@ def config_json(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any
         own["dilation"] = list(config.dilation)
     if config.causal:
         own["causal"] = True
+    if config.learnt_positions:
+        own["learnt_positions"] = config.learnt_positions
     if own:
         tree["longpretrain"] = own
     return dict(sorted(tree.items()))
@@ -150,14 +156,47 @@ def load_model(
         InputError: the folder does not hold such a model, or a change does not fit it.
     """
     config = changed(read_config(folder), changes)
-    state = read_weights(folder, config)
+    need_lm_head(folder, config)
     with without_values():
         model = LongformerForMaskedLM(config, activation_checkpointing=activation_checkpointing)
-    # Copies: a mapped file may be replaced while the model lives.
-    own = {name: t.to(torch.float32, copy=True).contiguous() for name, t in state.items()}
-    model.load_state_dict(own, strict=False, assign=True)
+    model.load_state_dict(_own_tensors(folder, config), strict=False, assign=True)
     model.tie_weights()
     return model.eval()
+
+
+def load_encoder(
+    folder: Path | str, *, changes: Mapping[str, object] = MappingProxyType({})
+) -> Encoder:
+    """The encoder of a folder, with a masked-LM head in it or not: fp32 on the CPU, in eval mode.
+
+    Args:
+        folder: as of ``load_model``, or without a masked-LM head.
+        changes: as of ``load_model``.
+
+    Raises:
+        InputError: the folder does not hold such a model, or a change does not fit it.
+    """
+    config = changed(read_config(folder), changes)
+    with without_values():
+        encoder = Encoder(config)
+    tensors = _own_tensors(folder, config)
+    names = {name: f"longformer.{name}" for name, _ in encoder.named_parameters()}
+    own = {name: tensors[full] for name, full in names.items()}
+    encoder.load_state_dict(own, assign=True)
+    return encoder.eval()
+
+
+def need_lm_head(folder: Path | str, config: ModelConfig) -> None:
+    """Refuses a bare encoder, which predicts no tokens.
+
+    Raises:
+        InputError: there is no masked-LM head.
+    """
+    if not config.has_lm_head:
+        raise InputError(
+            f"model {folder}", got="no masked-LM head", wanted="a model that predicts tokens",
+            way_out=f"Draw a new head for it: longpretrain convert {folder} DST --new-head.",
+        )  # fmt: skip
 
 
 def save_model(
@@ -185,12 +224,20 @@ def write_model(
     folder: Path,
     *,
     shard_bytes: int = SHARD_BYTES,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """As save_model, into a folder that exists: for callers that write more files beside."""
+    """As save_model, into a folder that exists: for callers that write more files beside.
+
+    Args:
+        model: as of save_model.
+        folder: to write to.
+        shard_bytes: as of save_model.
+        dtype: what the numbers are rounded to. None: they stay as they are.
+    """
     config, state = model if isinstance(model, tuple) else (model.config, model.state_dict())
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    write_config(config, folder, dtype=dtype)
-    write_weights(folder, config, state, shard_bytes=shard_bytes)
+    name = str(dtype or next(iter(state.values())).dtype).removeprefix("torch.")
+    write_config(config, folder, dtype=name)
+    write_weights(folder, config, state, shard_bytes=shard_bytes, dtype=dtype)
 
 
 def write_config(config: ModelConfig, folder: Path, *, dtype: str = "float32") -> None:
@@ -203,7 +250,7 @@ def read_tensors(folder: Path | str) -> dict[str, Tensor]:
     """The parameters of a model folder, by their names in memory, in the dtype of the file.
 
     Complete and of the shapes that `config.json` asks for; tied twins and what is no part of the
-    masked-LM model are left out. Tensors may be mapped from the file.
+    model are left out. Tensors may be mapped from the file.
 
     Raises:
         InputError: the folder does not hold such a model.
@@ -243,6 +290,23 @@ def spread(name: str, value: object, count: int) -> tuple[int, ...]:
     return tuple(values * count if len(values) == 1 else values)
 
 
+def _own_tensors(folder: Path | str, config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of a folder in fp32, by their names in memory."""
+    # Copies: a mapped file may be replaced while the model lives.
+    state = read_weights(folder, config)
+    return {name: t.to(torch.float32, copy=True).contiguous() for name, t in state.items()}
+
+
+def _has_lm_head(folder: Path, family: Family, tree: Mapping[str, Any]) -> bool:
+    """By the weights, which are right where `config.json` is not; by its word without weights."""
+    found = has_lm_head(folder, family)
+    if found is not None:
+        return found
+    said = tree.get("architectures")
+    classes = said if isinstance(said, list) else []
+    return not any(str(name).endswith("Model") for name in classes)
+
+
 def _windows(path: Path, tree: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     if "attention_window" not in tree:
         raise InputError(
@@ -254,14 +318,17 @@ def _windows(path: Path, tree: Mapping[str, Any], num_layers: int) -> tuple[int,
 
 def _own_block(path: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
     block = tree.get("longpretrain", {})
-    if not isinstance(block, dict) or block.keys() - {"dilation", "causal"}:
+    if not isinstance(block, dict) or block.keys() - {"dilation", "causal", "learnt_positions"}:
         raise InputError(
-            f"longpretrain in {path}", got=block, wanted="keys dilation and causal",
+            f"longpretrain in {path}", got=block,
+            wanted="keys dilation, causal and learnt_positions",
             way_out="A newer version of longpretrain may have written it.",
         )  # fmt: skip
     fields: dict[str, Any] = {"causal": bool(block.get("causal", False))}
     if "dilation" in block:
         fields["dilation"] = spread(f"dilation in {path}", block["dilation"], 1)
+    learnt = block.get("learnt_positions", 0)
+    fields["learnt_positions"] = _number(path, "learnt_positions", learnt, is_real=False)
     return fields
 
 

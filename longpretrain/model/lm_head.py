@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from longpretrain.errors import InputError
 from longpretrain.model.encoder import Encoder, ModelConfig, layer_norm
+from longpretrain.model.new_positions import LearntAndNewPositions
 
 
 class LMHead(nn.Module):
@@ -61,6 +62,18 @@ class LongformerForMaskedLM(nn.Module):
         for name, parameter in self.named_parameters():
             if "_global." in name:
                 parameter.requires_grad_(False)
+
+    def train_new_positions_only(self) -> None:
+        """Takes everything out of training but the position rows beyond the learnt ones.
+
+        Raises:
+            InputError: how many are learnt is unknown, or all are.
+        """
+        first_new = first_new_row(self.config)
+        self.requires_grad_(False)
+        embeddings = self.longformer.embeddings
+        table_PC = embeddings.position_embeddings.weight
+        embeddings.position_embeddings = LearntAndNewPositions(table_PC, first_new)
 
     def forward(
         self,
@@ -150,6 +163,30 @@ class LongformerForMaskedLM(nn.Module):
         if not torch.compiler.is_compiling():
             _check_range("token ids", tokens_BN, config.vocab_size)
             _check_range("positions", position_BN, config.max_position_embeddings)
+
+
+def first_new_row(config: ModelConfig) -> int:
+    """The first row of the position table that was not learnt before the model was lengthened.
+
+    Raises:
+        InputError: how many are learnt is unknown, or all are.
+    """
+    learnt = config.learnt_positions
+    if learnt == 0:
+        raise InputError(
+            "model.train_only: new_positions",
+            got="a model that does not say how many of its positions are learnt",
+            wanted="learnt_positions in the longpretrain block of config.json",
+            way_out="Convert it anew, elsewhere (but with --init interpolate no row is learnt), or"
+            " say model.learnt_positions=512 if that was its length before.",
+        )
+    if learnt >= config.max_tokens:
+        raise InputError(
+            "model.train_only: new_positions", got=f"{learnt} learnt of {config.max_tokens}",
+            wanted="positions that are new",
+            way_out="Lengthen the model first: longpretrain convert --positions.",
+        )  # fmt: skip
+    return config.pad_id + 1 + learnt
 
 
 def _check_range(what: str, index: Tensor | None, end: int) -> None:

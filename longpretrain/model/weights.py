@@ -1,34 +1,56 @@
-"""Weights in files: safetensors, their shards, and `pytorch_model.bin` read without running it.
+"""Weights between files and memory: names, completeness, ties, and the writing of them.
 
-In memory names begin with ``longformer.`` for every model type; in a file with the type's name.
+In memory names begin with ``longformer.`` for every model type. We write the type's name there for
+a masked-LM model, and nothing for a bare encoder, as transformers does.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import pickle
-import re
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from longpretrain.errors import InputError
-from longpretrain.files import read_json_object, save_tensors
+from longpretrain.model import families
 from longpretrain.model.encoder import ModelConfig
+from longpretrain.model.families import POOLER, Family, read_family
+from longpretrain.model.listing import listed
 from longpretrain.model.lm_head import LongformerForMaskedLM
 from longpretrain.model.skeleton import without_values
+from longpretrain.model.weight_files import (
+    INDEX_NAME,
+    PICKLED_INDEX_NAME,
+    PICKLED_NAME,
+    WEIGHTS_NAME,
+    names_in_files,
+    only_globals,
+    read_files,
+)
+from longpretrain.safetensors_file import save_tensors
 
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-PICKLED_NAME = "pytorch_model.bin"
-PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
+__all__ = [
+    "INDEX_NAME",
+    "PICKLED_INDEX_NAME",
+    "PICKLED_NAME",
+    "POSITIONS",
+    "SHARD_BYTES",
+    "WEIGHTS_NAME",
+    "StoredWeights",
+    "copy_local_to_global",
+    "has_lm_head",
+    "only_globals",
+    "open_weights",
+    "read_weights",
+    "stored_names",
+    "write_weights",
+]
+
 SHARD_BYTES = 5_000_000_000
 
 POSITIONS = "longformer.embeddings.position_embeddings.weight"
@@ -36,18 +58,29 @@ POSITIONS = "longformer.embeddings.position_embeddings.weight"
 
 _WORDS = "longformer.embeddings.word_embeddings.weight"
 _TIED = {"lm_head.decoder.weight": _WORDS, "lm_head.decoder.bias": "lm_head.bias"}
-_AGAIN = "Get the folder again, or save it again from its source."
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredWeights:
+    """What the weights files of a folder hold of a model."""
+
+    tensors: dict[str, Tensor]
+    """By their names in memory, complete, of the right shapes; they may be mapped from the file."""
+    left_out: tuple[str, ...]
+    """Names in the file of what is known to be no part of the model: a pooler, another head."""
 
 
 def stored_names(model: LongformerForMaskedLM | ModelConfig) -> dict[str, str]:
     """What is stored, tied twins left out: name in memory -> name in a file."""
     if isinstance(model, ModelConfig):
         model = _skeleton(model)
-    prefix = f"{model.config.model_type}."
+    config = model.config
+    prefix = f"{config.model_type}." if config.has_lm_head else ""
     return {
         name: name.replace("longformer.", prefix, 1) if name.startswith("longformer.") else name
         for name, _ in model.named_parameters()
+        if config.has_lm_head or not families.is_of_a_head(name)
     }
 
 
@@ -55,48 +88,83 @@ def copy_local_to_global(state: dict[str, Tensor]) -> None:
     """Makes the global projections those of the local attention, in place (paper, section 3.1).
 
     Args:
-        state: tensors by their names in memory. Every ``*_global`` name gets a copy of its local
-            twin; names that are not there are not made.
+        state: tensors by their names in memory. Every ``*_global`` name gets its local twin's
+            tensor, the very same one: that costs no memory; names that are not there are not made.
     """
     for name in state:
         if "_global." in name:
-            state[name] = state[name.replace("_global.", ".")].clone()
+            state[name] = state[name.replace("_global.", ".")]
+
+
+def has_lm_head(folder: Path, family: Family) -> bool | None:
+    """Whether the weights of a folder hold a masked-LM head, or parts of one; None: no weights.
+
+    Raises:
+        InputError: a damaged file.
+    """
+    names = names_in_files(folder)
+    if names is None:
+        return None
+    prefix = family.prefix_in(names)
+    return any(families.is_of_a_head(family.in_memory(name, prefix)) for name in names)
 
 
 def read_weights(folder: Path | str, config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of ``open_weights`` alone; what was left out is told in the log."""
+    stored = open_weights(folder, config)
+    if stored.left_out:
+        log.info("%s: left out %s", folder, listed(stored.left_out, ", "))
+    return stored.tensors
+
+
+def open_weights(folder: Path | str, config: ModelConfig) -> StoredWeights:
     """The parameters of a model folder, by their names in memory, in the dtype of the file.
 
-    Complete and of the shapes that the configuration asks for; what is stored beyond that (a
-    pooler, position ids) is left out, with a line in the log. Tensors may be mapped from the file.
+    A model without a masked-LM head keeps its pooler, if it has one.
+
+    Args:
+        folder: with `config.json` and weights.
+        config: what ``read_config`` makes of it.
 
     Raises:
-        InputError: no weights, a damaged file, missing tensors, other shapes, or an untied decoder.
+        InputError: no weights, a damaged file, an untied decoder; tensors that are missing, foreign
+            or misshapen, all of them listed.
     """
     folder = Path(folder)
-    found = {}
-    for path, names in _weight_files(folder):
-        tensors = _read_file(path)
-        if names is not None and not names <= tensors.keys():
-            _fail(path, f"no {_some(names - tensors.keys())}", "what the index lists", _AGAIN)
-        found.update(tensors)
+    family, _ = read_family(folder)
+    files = read_files(folder)
+    prefix = family.prefix_in(files)
+    found, problems = _renamed(files, family, prefix)
     found = _untied(folder, found)
-    skeleton = _skeleton(config)
-    shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
-    names_in_file = stored_names(skeleton)
-    missing = [stored for stored in names_in_file.values() if stored not in found]
-    if missing:
-        wanted = f"the {len(shapes)} tensors of {config.model_type} with a masked-LM head"
-        _fail(folder, f"no {_some(missing)}", wanted, "Is config.json this model's? " + _AGAIN)
-    state = {name: found.pop(stored) for name, stored in names_in_file.items()}
-    for name, tensor in state.items():
-        if tuple(tensor.shape) != shapes[name]:
-            got = f"{name} of shape {tuple(tensor.shape)}"
-            _fail(folder, got, f"{shapes[name]} (config.json)", "Is config.json this model's?")
-        if not tensor.is_floating_point():
-            _fail(folder, f"{name} of {tensor.dtype}", "a floating-point type", _AGAIN)
-    if found:
-        log.info("%s: left out %s (no part of the masked-LM model)", folder, _some(found))
-    return state
+    shapes = _shapes(config, family)
+    optional = POOLER if not config.has_lm_head and all(name in found for name in POOLER) else ()
+    shapes |= dict(zip(optional, _pooler_shapes(config), strict=False))
+    for name, shape in shapes.items():
+        stored = family.in_file(name, prefix)
+        if name not in found:
+            problems.append(f"no {stored}")
+        elif tuple(found[name].shape) != shape:
+            problems.append(f"{stored} of shape {tuple(found[name].shape)}, not {shape}")
+        elif not found[name].is_floating_point():
+            problems.append(f"{stored} of {found[name].dtype}")
+    rest = {name: family.in_file(name, prefix) for name in found if name not in shapes}
+    left_out = tuple(stored for name, stored in rest.items() if families.is_left_out(name))
+    problems += [
+        f"{stored}, which is no part of it"
+        for name, stored in rest.items()
+        if not families.is_left_out(name) and not families.is_no_weight(name)
+    ]
+    if problems:
+        head = "a masked-LM head" if config.has_lm_head else "no head"
+        wanted = (
+            f"the {len(shapes)} tensors of a {family.title} with {head}, of config.json's sizes"
+        )
+        way_out = "Is config.json this model's? Get the folder again, or save it again."
+        _fail(folder, listed(problems), wanted, way_out)
+    tensors = {name: found[name] for name in shapes}
+    if not family.has_padding_rows:
+        tensors[POSITIONS] = _with_padding_rows(tensors[POSITIONS], config.pad_id + 1)
+    return StoredWeights(tensors=tensors, left_out=left_out)
 
 
 def write_weights(
@@ -105,58 +173,44 @@ def write_weights(
     state: Mapping[str, Tensor],
     *,
     shard_bytes: int = SHARD_BYTES,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Writes `model.safetensors`, or shards and an index; the same bytes for the same values.
 
     Args:
         folder: an existing folder; not atomic by itself (``fresh_folder`` makes it so).
         config: decides the names.
-        state: tensors by their names in memory; tied twins and foreign names are left out.
+        state: tensors by their names in memory; tied twins and foreign names are left out. One
+            tensor may stand under several names.
         shard_bytes: largest size of one file, bytes.
+        dtype: what the numbers are rounded to. None: they stay as they are.
     """
     names = stored_names(config)
+    if not config.has_lm_head:
+        names |= {name: name.removeprefix("longformer.") for name in POOLER if name in state}
     missing = [name for name in names if name not in state]
-    assert not missing, f"the state lacks {_some(missing)}"
+    assert not missing, f"the state lacks {missing[:3]}"
     shards: list[dict[str, Tensor]] = [{}]
-    size = 0
+    size = total = 0
     for name, stored in sorted(names.items()):
-        tensor = state[name].detach().cpu().contiguous()
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
+        tensor = state[name].detach().cpu()
+        nbytes = tensor.numel() * (dtype or tensor.dtype).itemsize
+        if shards[-1] and size + nbytes > shard_bytes:
             shards.append({})
             size = 0
         shards[-1][stored] = tensor
-        size += tensor.nbytes
+        size += nbytes
+        total += nbytes
     if len(shards) == 1:
-        save_tensors(shards[0], folder / WEIGHTS_NAME)
+        save_tensors(shards[0], folder / WEIGHTS_NAME, dtype=dtype)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors(shard, folder / file_name)
+        save_tensors(shard, folder / file_name, dtype=dtype)
         weight_map |= dict.fromkeys(shard, file_name)
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def only_globals(allowed: Sequence[tuple[Callable[..., Any], str]] = ()) -> Iterator[None]:
-    """Beside tensors, ``weights_only`` makes these and nothing else, whatever a caller allowed.
-
-    torch keeps one list for the whole process, so that a name in a file could otherwise mean what
-    another library put there. The list is as before afterwards.
-
-    Args:
-        allowed: (what is called, the name in the file that it stands for).
-    """
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        torch.serialization.add_safe_globals(list(allowed))
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
 
 
 def _skeleton(config: ModelConfig) -> LongformerForMaskedLM:
@@ -164,65 +218,46 @@ def _skeleton(config: ModelConfig) -> LongformerForMaskedLM:
         return LongformerForMaskedLM(config)
 
 
-def _weight_files(folder: Path) -> list[tuple[Path, set[str] | None]]:
-    """The files that hold the weights, with the names that an index promises in each."""
-    for single, index in ((WEIGHTS_NAME, INDEX_NAME), (PICKLED_NAME, PICKLED_INDEX_NAME)):
-        if (folder / single).is_file():
-            return [(folder / single, None)]
-        if (folder / index).is_file():
-            return _indexed(folder / index)
-    _fail(
-        folder, "no weights", f"{WEIGHTS_NAME}, {INDEX_NAME} or {PICKLED_NAME}",
-        "Give a folder that save_pretrained or longpretrain wrote.",
-    )  # fmt: skip
+def _renamed(
+    files: Mapping[str, Tensor], family: Family, prefix: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors by their names in memory, and what stands in the files under two names."""
+    found: dict[str, Tensor] = {}
+    problems = []
+    for stored, tensor in files.items():
+        name = family.in_memory(stored, prefix)
+        if name in found:
+            problems.append(f"{stored} under another name, too")
+        found.setdefault(name, tensor)
+    return found, problems
 
 
-def _indexed(index: Path) -> list[tuple[Path, set[str] | None]]:
-    weight_map = read_json_object(index, way_out=_AGAIN).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        _fail(index, "none", "a weight_map of tensors and file names", _AGAIN)
-    files: dict[str, set[str]] = {}
-    for name, file_name in weight_map.items():
-        files.setdefault(file_name, set()).add(name)
-    for file_name in files:
-        if Path(file_name).name != file_name or not (index.parent / file_name).is_file():
-            _fail(index, f"no file {file_name} beside it", "every shard that it lists", _AGAIN)
-    return [(index.parent / file_name, names) for file_name, names in sorted(files.items())]
+def _shapes(config: ModelConfig, family: Family) -> dict[str, tuple[int, ...]]:
+    """Of the tensors in the family's files, by their names in memory."""
+    skeleton = _skeleton(config)
+    names = stored_names(skeleton)
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in skeleton.named_parameters()
+        if name in names
+    }
+    if not family.has_padding_rows:
+        shapes[POSITIONS] = (config.max_tokens, config.hidden_size)
+    return shapes
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
-            size = f"{path.stat().st_size:,} bytes that do not read ({error})"
-            _fail(path, size, "a whole safetensors file", _AGAIN)
-    try:
-        # weights_only never runs code of the file; mmap keeps a large file out of memory.
-        mapped = zipfile.is_zipfile(path)
-        with only_globals():
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        # torch's own text advises to let the file run code; only the name in it is of use.
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        got = f"more than tensors ({named[1]})" if named else "something else than tensors"
-        _fail(path, got, "tensors and nothing else", "Save it again as model.safetensors.")
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        size = f"{path.stat().st_size:,} bytes that do not read ({error})"
-        _fail(path, size, "a whole file of torch.save", _AGAIN)
-    # Of an OrderedDict, as it may bring its own items().
-    tensors = dict(dict.items(loaded)) if isinstance(loaded, dict) else None
-    if tensors is None or not all(isinstance(t, Tensor) for t in tensors.values()):
-        _fail(path, type(loaded).__name__, "a dictionary of tensors", _AGAIN)
-    return tensors
+def _pooler_shapes(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
+    return (config.hidden_size, config.hidden_size), (config.hidden_size,)
+
+
+def _with_padding_rows(table_PC: Tensor, count: int) -> Tensor:
+    """A position table after ``count`` rows of zeros, which no token of a text reads."""
+    return torch.cat([table_PC.new_zeros(count, table_PC.shape[1]), table_PC])
 
 
 def _untied(folder: Path, found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the tied twins, once they are found to be twins; a file may hold either of a pair."""
-    prefix = next((n.partition(".")[0] for n in found if ".embeddings.word_" in n), "longformer")
-    for twin, name in _TIED.items():
-        first = name.replace("longformer.", f"{prefix}.", 1)
+    for twin, first in _TIED.items():
         if twin not in found:
             continue
         tensor = found.pop(twin)
@@ -238,12 +273,6 @@ def _are_twins(one: Tensor, two: Tensor) -> bool:
     narrow = min(one.dtype, two.dtype, key=lambda dtype: dtype.itemsize)
     one, two = one.to(narrow), two.to(narrow)
     return torch.equal(one, two) or torch.allclose(one, two, rtol=0, atol=0, equal_nan=True)
-
-
-def _some(names: Mapping[str, object] | set[str] | list[str]) -> str:
-    listed = sorted(names)
-    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-    return ", ".join(listed[:3]) + more
 
 
 def _fail(where: Path, got: object, wanted: object, way_out: str) -> NoReturn:

@@ -64,6 +64,13 @@ class LongformerConfig(FairseqDataclass):  # type: ignore[misc]
     attention_backend: str = field(
         default="auto", metadata={"help": "auto, fused, portable or reference"}
     )
+    learnt_positions: int = field(
+        default=0,
+        metadata={
+            "help": "with --train-only new_positions: positions whose rows are learnt (default: "
+            "what the folder of --model-path says)"
+        },
+    )
     checkpoint_activations: bool = field(
         default=False, metadata={"help": "recompute each layer in the backward pass"}
     )
@@ -91,6 +98,7 @@ class LongformerModel(BaseFairseqModel):  # type: ignore[misc]
                 dropout=args.dropout,
                 attention_dropout=args.attention_dropout,
                 attention_backend=args.attention_backend,
+                learnt_positions=args.learnt_positions,
             )
         )
         recompute = args.checkpoint_activations
@@ -104,7 +112,9 @@ class LongformerModel(BaseFairseqModel):  # type: ignore[misc]
             model = LongformerForMaskedLM(
                 _new_config(args, recipe), activation_checkpointing=recompute
             )
-        if task.cfg.global_tokens == "none":
+        if task.cfg.train_only == "new_positions":
+            model.train_new_positions_only()
+        elif task.cfg.global_tokens == "none":
             model.freeze_global_projections()
         return cls(model)
 

@@ -75,7 +75,15 @@ class LongMaskedLMConfig(FairseqDataclass):  # type: ignore[misc]
     mask_prob: float = field(
         default=_MASKING.probability, metadata={"help": "share of the tokens that is chosen"}
     )
-    global_tokens: str = field(default="none", metadata={"help": "none, first, every_K or ids_A_B"})
+    global_tokens: str = field(
+        default="none", metadata={"help": "none, first, every_K, ids_A_B or sentence_ends"}
+    )
+    train_only: str = field(
+        default="all",
+        metadata={
+            "help": "all, or new_positions: only the position rows beyond the learnt ones train"
+        },
+    )
     seed: int = II("common.seed")
     batch_size: Optional[int] = II("dataset.batch_size")
     update_freq: List[int] = II("optimization.update_freq")
@@ -139,10 +147,11 @@ class LongMaskedLMTask(FairseqTask):  # type: ignore[misc]
                 "--valid-data", got="nothing", wanted="a folder that longpretrain prepare wrote",
                 way_out="Say --valid-data DIR, or --disable-validation.",
             )  # fmt: skip
-        assert self._model is not None, "the model comes before the data"
+        recipe = self._recipe()
+        assert self._model is not None
         folder = Path(self.cfg.model_path) if self.cfg.model_path else None
         task = MaskedLMTask(
-            self._recipe(),
+            recipe,
             folder,
             split=split,
             new_model=None if folder else self._model.model.config,
@@ -205,13 +214,19 @@ class LongMaskedLMTask(FairseqTask):  # type: ignore[misc]
         return False
 
     def _recipe(self) -> Config:
+        assert self._model is not None, "the model comes before the data"
         cfg = self.cfg
         micro = self._micro_sequences()
         ranks = distributed_utils.get_data_parallel_world_size()
         return from_tree(
             {
                 "run": {"seed": cfg.seed},
-                "model": {"path": cfg.model_path, "global_tokens": cfg.global_tokens},
+                "model": {
+                    "path": cfg.model_path,
+                    "global_tokens": cfg.global_tokens,
+                    "train_only": cfg.train_only,
+                    "learnt_positions": self._model.model.config.learnt_positions,
+                },
                 "data": {
                     "train": cfg.data,
                     "valid": cfg.valid_data,

@@ -22,26 +22,32 @@ from torch import nn
 
 from longpretrain.config import Config
 from longpretrain.data.blocks import Blocks
-from longpretrain.data.global_tokens import global_positions, parse_global_tokens
+from longpretrain.data.global_tokens import global_positions, global_tokens_of
 from longpretrain.data.hashing import hash64
 from longpretrain.data.masking import mask_tokens
 from longpretrain.data.shards import Corpus
 from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.model.encoder import ModelConfig
+from longpretrain.model.families import CONFIG_NAME
 from longpretrain.model.folder import (
-    CONFIG_NAME,
     changed,
     config_json,
     load_model,
+    need_lm_head,
     read_config,
     read_tensors,
 )
-from longpretrain.model.weights import stored_names
+from longpretrain.model.lm_head import first_new_row
+from longpretrain.model.new_positions import NEW
+from longpretrain.model.weights import POSITIONS, stored_names
 from longpretrain.tasks.sources import Sources
 
 # What a key is for, so that masking and dropout of one sample do not share a stream.
 _MASKING, _DROPOUT = 1, 2
+_TABLE = POSITIONS.removesuffix(".weight")
+_SHOWN = 24
+"""Tokens of a list, on the console."""
 _LOCAL_PROJECTIONS = (".query.", ".key.", ".value.")
 
 
@@ -69,6 +75,7 @@ def model_changes(config: Config) -> dict[str, object]:
         "attention_window": recipe.attention_window,
         "dilation": recipe.dilation,
         "causal": recipe.causal,
+        "learnt_positions": recipe.learnt_positions or None,
         "hidden_dropout": recipe.dropout,
         "attention_dropout": recipe.attention_dropout,
     }
@@ -104,10 +111,12 @@ class MaskedLMTask:
         self.tokenizer = load_tokenizer(folder)
         stored = new_model if folder is None else read_config(folder)
         assert stored is not None
+        need_lm_head(folder or "", stored)
         self._changes = model_changes(config)
         self.model_config = changed(stored, self._changes)
-        self._global_tokens = parse_global_tokens(config.model.global_tokens)
+        self._global_tokens = global_tokens_of(config.model.global_tokens, self.tokenizer)
         self._has_global = self._global_tokens.kind != "none"
+        self._new_positions_only = config.model.train_only == "new_positions"
         self._check_fit(folder)
         self.sources = Sources(config, split, self.tokenizer, owner=f"model {folder or 'new'}")
 
@@ -121,6 +130,8 @@ class MaskedLMTask:
                 way_out="Lengthen the model: longpretrain convert "
                 f"{folder} DST --positions {length}.",
             )
+        if self._new_positions_only:
+            self._need_new_positions()
         self.tokenizer.need_masking(f"tokenizer of {folder}")
         if self.tokenizer.vocab_size > self.model_config.vocab_size:
             raise InputError(
@@ -137,19 +148,56 @@ class MaskedLMTask:
                 way_out=f"Make a Longformer first: longpretrain convert {folder} DST.",
             )
 
+    def _need_new_positions(self) -> None:
+        """Refuses to train new positions where there are none, or none that a sample reaches."""
+        first_new_row(self.model_config)
+        length, learnt = self.config.data.max_tokens, self.model_config.learnt_positions
+        if length <= learnt:
+            raise InputError(
+                "recipe key data.max_tokens", got=length,
+                wanted=f"more than the {learnt} learnt positions, as only new ones train",
+                way_out="Train on longer sequences, or leave model.train_only at all.",
+            )  # fmt: skip
+
     def build_model(self, folder: Path) -> nn.Module:
-        """The model of a folder with the recipe's changes; global projections frozen if nothing
-        is global.
+        """The model of a folder with the recipe's changes; what the recipe does not train is
+        frozen.
         """
         model = load_model(
             folder,
             changes=self._changes,
             activation_checkpointing=self.config.activation_checkpointing,
         )
-        if not self._has_global:
-            model.freeze_global_projections()
         self._stored = stored_names(model)
+        if self._new_positions_only:
+            model.train_new_positions_only()
+            table = model.longformer.embeddings.position_embeddings
+            self._stored[f"{_TABLE}.{NEW}"] = self._stored[POSITIONS]
+            self._learnt_PC = table.weight.detach().clone()
+        elif not self._has_global:
+            model.freeze_global_projections()
         return model
+
+    @property
+    def frozen_summary(self) -> str:
+        """What does not train, for the console: ": ..." or nothing."""
+        if self._new_positions_only:
+            learnt = self.model_config.learnt_positions
+            return f": the position rows from number {learnt:,} on (model.train_only)"
+        if self._has_global or self.model_config.model_type != "longformer":
+            return ""
+        return "; global projections, without global tokens, are stored as copies of local ones"
+
+    @property
+    def global_summary(self) -> str:
+        """Which tokens sentence_ends means; nothing of policies that say it themselves."""
+        ids = self._global_tokens.ids
+        if self._global_tokens.kind != "sentence_ends":
+            return ""
+        texts = [self.tokenizer.decode([number]).strip() for number in ids]
+        shown = " ".join(sorted(dict.fromkeys(texts), key=len)[:_SHOWN])
+        more = " ..." if len(set(texts)) > _SHOWN else ""
+        return f"global tokens: {len(ids)} of the tokenizer end a sentence: {shown}{more}"
 
     def check_weights(self, folder: Path) -> None:
         """Refuses missing, truncated or misshapen weights, without building the model."""
@@ -201,7 +249,7 @@ class MaskedLMTask:
             tokens_N=inputs_N,
             positions_M=positions_M,
             targets_M=tokens_N[positions_M],
-            global_G=global_positions(tokens_N, self._global_tokens, found.position_N)
+            global_G=global_positions(inputs_N, self._global_tokens, found.position_N)
             if self._has_global
             else None,
             dropout_seed=hash64(seed, _DROPOUT, identity, update),
@@ -271,19 +319,30 @@ class MaskedLMTask:
         return {**self.sources.identity(), "tokenizer": self.tokenizer.fingerprint}
 
     def stored_names(self, parameter: str) -> tuple[str, ...]:
-        """Names of a trained parameter in a model folder.
+        """Names of a parameter in a model folder.
 
-        Global projections that do not train are stored as copies of the local ones, as the
-        published
-        recipe does after pretraining (facts: Longformer's conversion notebook), so a checkpoint is
-        already what an export must be.
+        Global projections that stand still while the local ones train are stored as copies of
+        these, as the published recipe does after pretraining (Longformer's conversion notebook), so
+        a checkpoint is already what an export must be. Learnt position rows that stand still are
+        stored with the new ones, in one table.
         """
         stored = self._stored[parameter]
-        frozen = self.model_config.model_type == "longformer" and not self._has_global
-        for local in _LOCAL_PROJECTIONS if frozen else ():
+        if self._new_positions_only:
+            return () if parameter == POSITIONS else (stored,)
+        if self._has_global or self.model_config.model_type != "longformer":
+            return (stored,)
+        for local in _LOCAL_PROJECTIONS:
             if f".attention.self{local}" in stored:
                 return stored, stored.replace(local, f"{local[:-1]}_global.")
-        return (stored,)
+        return () if "_global." in stored else (stored,)
+
+    def stored(self, parameter: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a model folder holds of a trained parameter: of new position rows the whole
+        table.
+        """
+        if parameter == f"{_TABLE}.{NEW}":
+            value = torch.cat([self._learnt_PC, value])
+        return dict.fromkeys(self.stored_names(parameter), value)
 
     def write_model_files(self, folder: Path) -> None:
         """config.json and the tokenizer's files."""

@@ -1,0 +1,232 @@
+"""One of the models that verify looks at: all that its files hold, right or wrong.
+
+Where other readers refuse a folder, verify tells what is wrong with it; what cannot be a model at
+all is refused here, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longpretrain.convert.read import RECORD_NAME, has_tokenizer
+from longpretrain.convert.source import Source, open_source
+from longpretrain.data.tokenizer import Tokenizer, load_tokenizer
+from longpretrain.errors import InputError
+from longpretrain.files import read_json_object
+from longpretrain.model import (
+    LongformerForMaskedLM,
+    ModelConfig,
+    copy_local_to_global,
+    stored_names,
+)
+from longpretrain.model.families import POOLER, Family, is_left_out, is_no_weight, read_family
+from longpretrain.model.skeleton import without_values
+from longpretrain.model.weight_files import read_files
+from longpretrain.model.weights import POSITIONS
+
+WORDS = "longformer.embeddings.word_embeddings.weight"
+TYPES = "longformer.embeddings.token_type_embeddings.weight"
+TWINS = {"lm_head.decoder.weight": WORDS, "lm_head.decoder.bias": "lm_head.bias"}
+"""Names in memory of what a file may hold twice: the twin -> the one that is counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A tensor in a file."""
+
+    name: str
+    """In the file."""
+    in_memory: str
+    """The name that we know it by."""
+    tensor: Tensor
+    problem: str = ""
+    """Why it is no part of the model as it stands; empty: nothing is wrong with it."""
+    wanted: str = ""
+    """What would have been right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """A model folder, a checkpoint, a run's newest one, or a fairseq `.pt`."""
+
+    source: Source
+    """What the other verbs make of it."""
+    family: Family | None
+    """Whose names its files have; None of a fairseq checkpoint."""
+    prefix: str
+    """What the names of the encoder begin with in its files."""
+    tree: Mapping[str, Any]
+    """`config.json`; empty for a fairseq checkpoint, which has none."""
+    record: Mapping[str, Any]
+    """`conversion.json`, if a conversion made it."""
+    tokenizer: Tokenizer | None
+    """Its tokenizer, if it has one that reads."""
+    tokenizer_problem: str
+    """Why the tokenizer that it has cannot be used; empty: it can."""
+    stored: tuple[Stored, ...]
+    """Every tensor of its files, but what the code makes anew."""
+    missing: Mapping[str, tuple[int, ...]]
+    """Names in the file of what should be there, with their shapes."""
+    left_out: tuple[str, ...]
+    """Names in the file of what is known to be no part of the model."""
+    tensors: Mapping[str, Tensor]
+    """The model's, by their names in memory, as far as they are there and of the right shape."""
+
+    @property
+    def path(self) -> Path:
+        """The folder, or the file."""
+        return self.source.path
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes and arithmetic."""
+        return self.source.config
+
+    @property
+    def title(self) -> str:
+        """What it is, for people."""
+        kind = self.family.title if self.family else "fairseq checkpoint"
+        made = f" ({'step ' + str(self.source.state.get('step'))})" if self.source.state else ""
+        head = "" if self.config.has_lm_head else " without a masked-LM head"
+        return f"{kind}{made}{head}, {self.config.max_tokens:,} tokens"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no tensor is missing, foreign, or of another shape."""
+        return not self.missing and not any(stored.problem for stored in self.stored)
+
+    def weights(self) -> dict[str, Tensor]:
+        """As it would be converted: local projections for global ones that never learnt."""
+        tensors = dict(self.tensors)
+        if not self.source.has_own_globals:
+            copy_local_to_global(tensors)
+        return tensors
+
+
+def open_side(path: Path | str) -> Side:
+    """What a path holds.
+
+    Raises:
+        InputError: there is no model, or one that does not read; a checkpoint with an altered file.
+    """
+    source = open_source(path, allow_nonfinite=True)
+    return _of_folder(source) if source.path.is_dir() else _of_file(source)
+
+
+def _of_file(source: Source) -> Side:
+    """Of a fairseq checkpoint, which is refused unless it is complete and tied."""
+    tensors = source.tensors()
+    return Side(
+        source=source, family=None, prefix="", tree={}, record={},
+        tokenizer=source.tokenizer(), tokenizer_problem="", missing={}, left_out=(),
+        stored=tuple(Stored(name=n, in_memory=n, tensor=t) for n, t in tensors.items()),
+        tensors=tensors,
+    )  # fmt: skip
+
+
+def _of_folder(source: Source) -> Side:
+    folder, config = source.path, source.config
+    family, tree = read_family(folder)
+    files = read_files(folder)
+    prefix = family.prefix_in(files)
+    names = {stored: family.in_memory(stored, prefix) for stored in files}
+    shapes = _shapes(config, family, with_pooler=POOLER[0] in names.values())
+    tensors = {name: files[in_file] for in_file, name in names.items()}
+    stored, left_out = [], []
+    found: dict[str, Tensor] = {}
+    for in_file, name in names.items():
+        if is_no_weight(name):
+            continue
+        if name not in shapes and name not in TWINS and is_left_out(name):
+            left_out.append(in_file)
+            continue
+        tensor = files[in_file]
+        if name in found:
+            problem, wanted = "there under another name, too", "one of them"
+        else:
+            problem, wanted = _problem(name, tensor, shapes, tensors)
+        if not problem:
+            found[name] = tensor
+        stored.append(
+            Stored(name=in_file, in_memory=name, tensor=tensor, problem=problem, wanted=wanted)
+        )
+    for twin, first in TWINS.items():  # a file may hold either of a pair
+        if twin in found:
+            found.setdefault(first, found.pop(twin))
+    present = {TWINS.get(name, name) for name in names.values()}
+    missing = {family.in_file(n, prefix): shape for n, shape in shapes.items() if n not in present}
+    if not family.has_padding_rows and POSITIONS in found:
+        table_PC = found[POSITIONS]
+        pad_PC = table_PC.new_zeros(config.pad_id + 1, table_PC.shape[1])
+        found[POSITIONS] = torch.cat([pad_PC, table_PC])
+    tokenizer, problem = _tokenizer(folder, config)
+    record = folder / RECORD_NAME
+    return Side(
+        source=source, family=family, prefix=prefix, tree=tree, tokenizer=tokenizer,
+        record=read_json_object(record) if record.is_file() else {},
+        tokenizer_problem=problem, stored=tuple(stored), missing=missing,
+        left_out=tuple(left_out), tensors={name: found[name] for name in shapes if name in found},
+    )  # fmt: skip
+
+
+def _shapes(
+    config: ModelConfig, family: Family, *, with_pooler: bool
+) -> dict[str, tuple[int, ...]]:
+    """Of the tensors that a family's file should hold, by their names in memory."""
+    with without_values():
+        model = LongformerForMaskedLM(config)
+    names = stored_names(config)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name in names}
+    if not family.has_padding_rows:
+        shapes[POSITIONS] = (config.max_tokens, config.hidden_size)
+    if with_pooler and not config.has_lm_head:
+        width = config.hidden_size
+        shapes |= dict(zip(POOLER, ((width, width), (width,)), strict=True))
+    return shapes
+
+
+def _problem(
+    name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]
+) -> tuple[str, str]:
+    """What is wrong with a tensor among those of a file, and what would be right; empty: nothing.
+
+    Names are those in memory.
+    """
+    first = TWINS.get(name, name)
+    if first not in shapes:
+        return "no part of the model", "no such tensor"
+    if tuple(tensor.shape) != shapes[first]:
+        return f"shape {tuple(tensor.shape)}", f"{shapes[first]} (config.json)"
+    if not tensor.is_floating_point():
+        return f"numbers of {tensor.dtype}", "a floating-point type"
+    if name in TWINS and not are_twins(tensors.get(first, tensor), tensor):
+        return f"unlike {first}", "tied to it: the same numbers"
+    return "", ""
+
+
+def are_twins(one: Tensor, two: Tensor) -> bool:
+    """Whether values are equal in the narrower of the two types; NaN equals NaN."""
+    if one.shape != two.shape:
+        return False
+    narrow = min(one.dtype, two.dtype, key=lambda dtype: dtype.itemsize)
+    one, two = one.to(narrow), two.to(narrow)
+    return torch.equal(one, two) or torch.allclose(one, two, rtol=0, atol=0, equal_nan=True)
+
+
+def _tokenizer(folder: Path, config: ModelConfig) -> tuple[Tokenizer | None, str]:
+    """The tokenizer of a folder, and why it is of no use."""
+    if not has_tokenizer(folder):
+        return None, ""
+    try:
+        tokenizer = load_tokenizer(folder)
+    except InputError as error:
+        return None, f"{error.what}: {error.got}"
+    if tokenizer.vocab_size > config.vocab_size:
+        return None, f"{tokenizer.vocab_size} ids, {config.vocab_size} word embeddings"
+    return tokenizer, ""
