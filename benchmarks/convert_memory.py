@@ -157,7 +157,7 @@ def measure(verb: str, form: str, source: Path, words: Sequence[str]) -> Peak:
 
 
 def measure_all(model: Model, place: Path, chosen: Sequence[str], *, check: bool) -> list[Peak]:
-    """convert of every form, then export of what the first of them became."""
+    """Convert of every form, then export of what the first of them became."""
     peaks = []
     for form in chosen:
         source, target = FORMS[form](model, place / "source"), place / "long"

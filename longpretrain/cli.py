@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn, TypeAlias
 
-from longpretrain import cli_prepare
+from longpretrain import cli_prepare, cli_verify
 from longpretrain.terminal import (
     FAILED,
     Parser,
@@ -341,38 +341,8 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _add_verify(verbs: Verbs) -> None:
-    parser = _verb(
-        verbs,
-        "verify",
-        "Check all checkpoints of a run; or compare a model folder with transformers or another.",
-        "longpretrain verify runs/demo\n  longpretrain verify exported",
-        _verify,
-    )
-    parser.add_argument(
-        "folder", type=path_argument, metavar="A", help="run folder, or a model folder"
-    )
-    parser.add_argument(
-        "other",
-        type=path_argument,
-        nargs="?",
-        metavar="B",
-        help="another model folder, to compare tensor by tensor",
-    )
-
-
-def _verify(options: argparse.Namespace) -> int:
-    from longpretrain.verify_run import is_run, verify_run
-
-    if options.other is None and is_run(options.folder):
-        with bar("verify") as progress:
-            found = verify_run(options.folder, progress)
-        print(found)
-        return 0 if found.ok else FAILED
-    from longpretrain.convert.verify import verify
-
-    report = verify(options.folder, options.other)
-    print(report)
-    return 0 if report.ok else 1
+    parser = _verb(verbs, "verify", cli_verify.DOES, cli_verify.EXAMPLE, cli_verify.run)
+    cli_verify.add_arguments(parser)
 
 
 def _add_report(verbs: Verbs) -> None:

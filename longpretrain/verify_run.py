@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -28,9 +29,26 @@ class RunReport:
 
     ok: bool
     lines: Sequence[str]
+    checks: Sequence[tuple[bool, str]]
 
     def __str__(self) -> str:
         return "\n".join(self.lines)
+
+    def tree(self, run_dir: Path) -> dict[str, Any]:
+        """All of it as plain data, in the form that a model's report has."""
+        parts = [(ok, *line.partition(": ")[::2]) for ok, line in self.checks]
+        return {
+            "ok": self.ok,
+            "a": str(run_dir),
+            "b": None,
+            "relation": None,
+            "checks": [
+                {"check": check, "got": got or check, "limit": "whole", "ok": ok}
+                for ok, check, got in parts
+            ],
+            "tensors": [],
+            "notes": [],
+        }
 
 
 def is_run(folder: Path) -> bool:
@@ -67,8 +85,9 @@ def verify_run(
     progress(len(places), len(places))
     found += [*_latest(run_dir, places, whole), *_metrics(run_dir), *_left_overs(run_dir)]
     ok = all(is_right for is_right, _ in found)
-    found.append((ok, "whole" if ok else "NOT whole: see above"))
-    return RunReport(ok=ok, lines=[line for _, line in found])
+    lines = [line for _, line in found]
+    summary = "whole" if ok else "NOT whole: see above"
+    return RunReport(ok=ok, lines=[*lines, summary], checks=found)
 
 
 def _problem(folder: Path) -> str:

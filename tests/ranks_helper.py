@@ -42,7 +42,9 @@ def rank_environment() -> dict[str, str]:
     }
 
 
-def drive(folder: Path, ranks: int, commands: Sequence[dict[str, Any]]) -> Finished:
+def drive(
+    folder: Path, ranks: int, commands: Sequence[dict[str, Any]], *, driver: str = "rank_driver.py"
+) -> Finished:
     """Runs train commands one after another on ``ranks`` processes; see rank_driver.py."""
     folder.mkdir(parents=True, exist_ok=True)
     listing = folder / "commands.json"
@@ -56,7 +58,7 @@ def drive(folder: Path, ranks: int, commands: Sequence[dict[str, Any]]) -> Finis
             "--nproc-per-node",
             str(ranks),
             "--standalone",
-            str(ROOT / "tests" / "rank_driver.py"),
+            str(ROOT / "tests" / driver),
             str(listing),
         ],
         cwd=ROOT,

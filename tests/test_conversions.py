@@ -36,7 +36,7 @@ def test_the_page_lists_exactly_the_marked_tests(
 
 
 def test_marks_are_looked_for_where_tests_are() -> None:
-    assert str(TESTS / "test_accelerate.py") in marked_files()
+    assert str(TESTS / "test_accelerated.py") in marked_files()
 
 
 def test_a_line_is_ok_only_if_all_its_tests_passed() -> None:

@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "training": {"agreement", "announce", "config", "engine", "model", "ranks", "report", "start"},
     "demo": {"recipe", "report", "evaluate", "data", "model"},
     "cli_prepare": {"data", "prepare", "report", "terminal"},
+    "cli_verify": {"convert", "terminal", "verify_run"},
     "verify_run": {"engine", "recipe", "report"},
     "requeue": {"config", "engine", "terminal"},
     "cli": {
@@ -59,7 +60,7 @@ MAY_IMPORT = {
         "start",
         "training",
     }
-    | {"cli_prepare", "requeue", "terminal", "verify_run"},
+    | {"cli_prepare", "cli_verify", "requeue", "terminal"},
     "terminal": set(),
     "__main__": {"cli", "terminal"},
     "accelerated": {"attention"},
@@ -70,12 +71,14 @@ ONLY = {("engine", "report"): "longpretrain.report.metrics"}
 OWNERS = {
     "fairseq": ("tasks/",),
     "deepspeed": ("engine/zero.py",),
-    "transformers": ("convert/verify.py",),
+    "transformers": ("convert/theirs.py",),
     "mpi4py": ("mpi.py",),
     "pyarrow": ("prepare/parquet.py",),
     "zstandard": ("prepare/compressed.py",),
     "sentencepiece": ("data/sentence_piece.py",),
     "apex": ("nvidia_apex.py",),
+    "onnx": ("convert/onnx_file.py",),
+    "onnxruntime": ("convert/onnx_check.py",),
 }
 NO_TORCH = ("data/", "prepare/")
 # The compiled library is no import: these are the words that reach it.

@@ -23,10 +23,10 @@ from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.model import LongformerForMaskedLM, ModelConfig, read_config
 from longpretrain.model.folder import changed
+from longpretrain.model.listing import listed
 from longpretrain.model.weights import POSITIONS
 
 _BIAS = "lm_head.bias"
-_MOST_LISTED = 12
 _LARGEST = 1_000_000  # of any size: a damaged one shall not fill the memory
 _EPS = 1e-5
 _SPECIAL_IDS = {"bos_id": 0, "pad_id": 1, "eos_id": 2}
@@ -313,10 +313,8 @@ def _need_shapes(
 
 def _need_none(path: Path, problems: Sequence[str], wanted: str) -> None:
     if problems:
-        more = len(problems) - _MOST_LISTED
-        listed = "; ".join(problems[:_MOST_LISTED]) + (f"; and {more} more" if more > 0 else "")
         raise InputError(
-            str(path), got=listed, wanted=wanted,
+            str(path), got=listed(problems), wanted=wanted,
             way_out="Give a checkpoint of a RoBERTa, as fairseq-train wrote it.",
         )  # fmt: skip
 
@@ -339,10 +337,7 @@ def _notes(left_out: Sequence[str], options: Mapping[str, Any]) -> tuple[str, ..
     notes = []
     left_out = [name for name in left_out if name != names.VERSION]  # every file has one
     if left_out:
-        more = len(left_out) - _MOST_LISTED
-        listed = ", ".join(map(shown, left_out[:_MOST_LISTED]))
-        listed += f" and {more} more" if more > 0 else ""
-        notes.append(f"left out, no part of a masked-LM model: {listed}")
+        notes.append(f"left out, no part of a masked-LM model: {listed(left_out, ', ')}")
     used = [
         f"{name} {shown(options[name])}" for name in names.TRAINING_OPTIONS if options.get(name)
     ]

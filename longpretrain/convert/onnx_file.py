@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from longpretrain import __version__
+import longpretrain
 from longpretrain.mapped import release
 
 MODEL_NAME = "model.onnx"
@@ -132,7 +132,7 @@ class OnnxGraph:
         )  # fmt: skip
         model = helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=_IR_VERSION,
-            producer_name="longpretrain", producer_version=__version__,
+            producer_name="longpretrain", producer_version=longpretrain.__version__,
         )  # fmt: skip
         (folder / MODEL_NAME).write_bytes(model.SerializeToString(deterministic=True))
 

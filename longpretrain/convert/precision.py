@@ -20,7 +20,6 @@ DTYPES: Mapping[str, torch.dtype] = {
 }  # fmt: skip
 """What the command line calls them."""
 _PIECE = 1 << 20
-_TOKENS = 512
 
 
 @dataclass(kw_only=True)
@@ -89,21 +88,24 @@ def need_representable(
     return (note,)
 
 
-def effect(config: ModelConfig, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> str:
+def effect(
+    config: ModelConfig,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    tokens_BN: Tensor,
+) -> str:
     """How far what the model computes in fp32 moved with its weights, in words.
 
     Args:
         config: the model, with a masked-LM head or without.
         before: its tensors, by their names in memory.
         after: the same, rounded.
+        tokens_BN: what it is computed on.
     """
-    length = min(_TOKENS, config.max_tokens)
-    generator = torch.Generator().manual_seed(1)
-    tokens_BN = torch.randint(config.vocab_size, (1, length), generator=generator)
-    tokens_BN[tokens_BN == config.pad_id] = config.bos_id
     was, now = (_computed(config, tensors, tokens_BN) for tensors in (before, after))
     what = "logits" if config.has_lm_head else "hidden states"
     moved, reach = float((now - was).abs().max()), float(was.abs().max())
+    length = tokens_BN.shape[1]
     return f"{what} move by up to {moved:.1e}, where they reach {reach:.3g} ({length} tokens)"
 
 

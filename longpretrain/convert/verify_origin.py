@@ -64,9 +64,7 @@ def _own_globals(side: Side) -> bool:
     return side.source.has_own_globals
 
 
-def _of_one(
-    name: str, old: Side, new: Side, one: Mapping[str, Tensor], b: Tensor | None
-) -> Origin:
+def _of_one(name: str, old: Side, new: Side, one: Mapping[str, Tensor], b: Tensor | None) -> Origin:
     """Of a tensor that only one of them has."""
     local = one.get(name.replace("_global.", "."))
     if b is not None and "_global." in name and local is not None:

@@ -26,7 +26,9 @@ class OurModel:
         self.config = config
         with without_values():
             whole = LongformerForMaskedLM(config)
-        self._model: LongformerForMaskedLM | Encoder = whole if config.has_lm_head else whole.longformer
+        self._model: LongformerForMaskedLM | Encoder = (
+            whole if config.has_lm_head else whole.longformer
+        )
         prefix = "" if config.has_lm_head else "longformer."
         names = [name for name, _ in self._model.named_parameters()]
         own = {name: tensors[prefix + name].float().contiguous() for name in names}

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from longpretrain.convert.lengthen import Report
+from longpretrain.convert.read import RECORD_NAME
 from longpretrain.convert.verify_alone import check_alone
 from longpretrain.convert.verify_ids import differing, some
 from longpretrain.convert.verify_origin import origins
@@ -15,7 +15,7 @@ from longpretrain.convert.verify_report import TensorRow, VerifyReport, VerifyRo
 from longpretrain.convert.verify_side import Side
 from longpretrain.convert.verify_text import LENGTHS, PADDED, tokens, with_padding
 from longpretrain.data.tokenizer import Tokenizer
-from longpretrain.model.families import is_of_a_head
+from longpretrain.model.listing import listed
 
 _SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size")
 _ALWAYS_EQUAL = (*_SIZES, "layer_norm_eps", "pad_id", "bos_id", "eos_id", "causal")
@@ -48,9 +48,10 @@ def check_pair(first: Side, second: Side) -> VerifyReport:
     tensors = tuple(origins(old, new, is_lengthened=relation.is_lengthened))
     rows = [*failing(tensors), _count(tensors), *_check_casts(relation), *rows]
     rows += [*_check_tokenizers(relation), *_check_outputs(relation)]
-    told = relation.told if all(row.ok for row in tensors) else _how_far(relation, tensors)
-    notes = [*_notes(relation)]
-    return VerifyReport(rows=tuple(rows), relation=told, tensors=tensors, notes=tuple(notes))
+    return VerifyReport(
+        rows=tuple(rows), relation=_relation_of(relation, tensors), tensors=tensors,
+        notes=tuple(_notes(relation)),
+    )  # fmt: skip
 
 
 def find_relation(first: Side, second: Side) -> Relation:
@@ -177,27 +178,61 @@ def _unlike(one: Tokenizer, two: Tokenizer) -> list[str]:
 
 
 def _check_outputs(relation: Relation) -> Iterator[VerifyRow]:
-    """Of both as one type of numbers has them: what rounding moves is no difference of theirs."""
+    """Up to the shorter one's length, with windows that see it all where they may differ."""
     old, new = relation.old, relation.new
     if not (old.is_whole and new.is_whole):
         return
     longest = min(old.config.max_tokens, new.config.max_tokens)
     lengths = sorted({min(length, longest) for length in LENGTHS})
-    has_lm_head = old.config.has_lm_head and new.config.has_lm_head
-    models = []
-    for side, other in ((old, new), (new, old)):
-        config = dataclasses.replace(side.config, has_lm_head=has_lm_head)
-        config = covering(config, lengths[-1]) if relation.is_lengthened else config
-        tensors = {
-            name: tensor.to(_narrow(tensor, other.tensors.get(name, tensor)))
-            for name, tensor in side.weights().items()
-            if has_lm_head or not is_of_a_head(name)
-        }
-        models.append(OurModel(config, tensors))
-    window = ", a window over all" if relation.is_lengthened else ""
-    name, config = what(models[0].config), old.config
+    models = _in_memory(relation, lengths[-1])
+    tokenizer, config = old.tokenizer or new.tokenizer, models[0].config
+    name = what(config)
+    window = ", windows over all" if relation.is_lengthened else ""
     for length in lengths:
-        tokens_BN = tokens(old.tokenizer, config, length)
+        tokens_BN = tokens(tokenizer, config, length)
         got, wanted = (model.output(tokens_BN) for model in models)
         yield compare(f"{name}, {length} tokens{window}", got, wanted)
-    ...
+    length = min(PADDED, longest)
+    tokens_BN, padding_BN = with_padding(tokens(tokenizer, config, length), config.pad_id)
+    got, wanted = (model.output(tokens_BN, padding_BN)[~padding_BN] for model in models)
+    yield compare(f"{name}, {length} tokens with padding", got, wanted)
+    if {model.config.model_type for model in models} == {"longformer"}:
+        got, wanted = (model.output(tokens_BN[:1], global_first=True) for model in models)
+        yield compare(f"{name}, {length} tokens, the first global", got, wanted)
+
+
+def _in_memory(relation: Relation, longest: int) -> list[OurModel]:
+    """Both as the narrower type has them: what rounding moves is no difference of theirs."""
+    sides = (relation.old, relation.new)
+    has_lm_head = all(side.config.has_lm_head for side in sides)
+    models = []
+    for side, other in (sides, sides[::-1]):
+        config = dataclasses.replace(side.config, has_lm_head=has_lm_head)
+        if relation.is_lengthened:
+            config = covering(config, longest)
+        dtypes = {tensor.dtype for tensor in (*side.tensors.values(), *other.tensors.values())}
+        narrow = min(dtypes, key=lambda dtype: dtype.itemsize)
+        models.append(OurModel(config, {n: t.to(narrow) for n, t in side.weights().items()}))
+    return models
+
+
+def _notes(relation: Relation) -> Iterator[str]:
+    old, new = relation.old, relation.new
+    for side in (old, new):
+        if side.left_out:
+            yield f"{side.path.name}: left out {listed(side.left_out, ', ')}"
+        yield from (f"{side.path.name}: {note}" for note in side.source.notes)
+    if relation.is_lengthened and new.record and not _names_as_source(new, old):
+        yield f"{RECORD_NAME} names other files as its source: the same model in another form?"
+
+
+def _relation_of(relation: Relation, tensors: tuple[TensorRow, ...]) -> str:
+    """The relation that was looked for, or how far it is from holding."""
+    wrong = sum(not row.ok for row in tensors)
+    if not wrong:
+        kinds = {row.dtype for row in tensors if "rounded" in row.origin}
+        return relation.told + (f", rounded to {', '.join(map(str, kinds))}" if kinds else "")
+    if 2 * wrong < len(tensors):
+        return f"{relation.told}, but for {wrong} tensors"
+    kind = "a conversion, then training" if relation.is_lengthened else "training"
+    return f"none that verify can prove: {wrong} tensors differ, as after {kind}"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longpretrain.convert.lengthen import lengthen_positions
+from longpretrain.convert.lengthen import Init, lengthen_positions
 
 _FEWEST_TRAINED = 8
 """New rows that a training may have changed while later ones stand still; fewer are a damage."""
@@ -70,7 +70,8 @@ def lengthened(
         deviation: of rows drawn anew.
     """
     learnt, count = len(old_PC) - kept, len(new_PC) - kept
-    inits = [record["init"]] if record.get("init") in _TOLD else ["copy", "interpolate"]
+    made: list[Init] = ["copy", "interpolate"]
+    inits = [init for init in _TOLD if init == record.get("init")] or made
     limit = " or ".join(_limit(init, learnt, count, kept) for init in inits)
     for init in inits:
         wanted_PC = lengthen_positions(
@@ -92,7 +93,7 @@ def lengthened(
     return _of_new_rows(wrong, learnt, keys[kept:], source, limit)
 
 
-_TOLD = {
+_TOLD: dict[Init, str] = {
     "copy": "{0} learnt rows copied end to end over {1}",
     "random": "{0} learnt rows and {2} drawn anew",
     "interpolate": "{0} learnt rows interpolated to {1}",
@@ -100,7 +101,7 @@ _TOLD = {
 _SHORTER = "the first {1} of {0} learnt rows"
 
 
-def _limit(init: str, learnt: int, count: int, kept: int) -> str:
+def _limit(init: Init, learnt: int, count: int, kept: int) -> str:
     told = _TOLD[init] if count > learnt or init == "interpolate" else _SHORTER
     return f"{told.format(learnt, count, count - learnt)}, after the {kept} of padding"
 

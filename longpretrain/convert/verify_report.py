@@ -92,7 +92,8 @@ class VerifyReport:
         }
 
     def _groups(self) -> Iterator[str]:
-        counts = Counter(row.origin for row in self.tensors if row.ok)
+        """Of a pair: of a model alone every tensor comes from its file."""
+        counts = Counter(row.origin for row in self.tensors if row.ok and self.relation)
         for origin, count in counts.most_common():
             yield f"{count:5d} x {origin}"
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from longpretrain.convert.read import RECORD_NAME, has_tokenizer
@@ -20,20 +19,21 @@ from longpretrain.data.tokenizer import Tokenizer, load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.files import read_json_object
 from longpretrain.model import (
-    LongformerForMaskedLM,
     ModelConfig,
     copy_local_to_global,
-    stored_names,
 )
 from longpretrain.model.families import POOLER, Family, is_left_out, is_no_weight, read_family
-from longpretrain.model.skeleton import without_values
 from longpretrain.model.weight_files import read_files
-from longpretrain.model.weights import POSITIONS
+from longpretrain.model.weights import (
+    POSITIONS,
+    TIED,
+    are_twins,
+    shapes_in_files,
+    with_padding_rows,
+)
 
 WORDS = "longformer.embeddings.word_embeddings.weight"
 TYPES = "longformer.embeddings.token_type_embeddings.weight"
-TWINS = {"lm_head.decoder.weight": WORDS, "lm_head.decoder.bias": "lm_head.bias"}
-"""Names in memory of what a file may hold twice: the twin -> the one that is counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,14 +136,17 @@ def _of_folder(source: Source) -> Side:
     files = read_files(folder)
     prefix = family.prefix_in(files)
     names = {stored: family.in_memory(stored, prefix) for stored in files}
-    shapes = _shapes(config, family, with_pooler=POOLER[0] in names.values())
+    shapes = shapes_in_files(config, family)
+    if not config.has_lm_head and POOLER[0] in names.values():
+        width = config.hidden_size
+        shapes |= dict(zip(POOLER, ((width, width), (width,)), strict=True))
     tensors = {name: files[in_file] for in_file, name in names.items()}
     stored, left_out = [], []
     found: dict[str, Tensor] = {}
     for in_file, name in names.items():
         if is_no_weight(name):
             continue
-        if name not in shapes and name not in TWINS and is_left_out(name):
+        if name not in shapes and name not in TIED and is_left_out(name):
             left_out.append(in_file)
             continue
         tensor = files[in_file]
@@ -156,15 +159,13 @@ def _of_folder(source: Source) -> Side:
         stored.append(
             Stored(name=in_file, in_memory=name, tensor=tensor, problem=problem, wanted=wanted)
         )
-    for twin, first in TWINS.items():  # a file may hold either of a pair
+    for twin, first in TIED.items():  # a file may hold either of a pair
         if twin in found:
             found.setdefault(first, found.pop(twin))
-    present = {TWINS.get(name, name) for name in names.values()}
+    present = {TIED.get(name, name) for name in names.values()}
     missing = {family.in_file(n, prefix): shape for n, shape in shapes.items() if n not in present}
     if not family.has_padding_rows and POSITIONS in found:
-        table_PC = found[POSITIONS]
-        pad_PC = table_PC.new_zeros(config.pad_id + 1, table_PC.shape[1])
-        found[POSITIONS] = torch.cat([pad_PC, table_PC])
+        found[POSITIONS] = with_padding_rows(found[POSITIONS], config.pad_id + 1)
     tokenizer, problem = _tokenizer(folder, config)
     record = folder / RECORD_NAME
     return Side(
@@ -175,22 +176,6 @@ def _of_folder(source: Source) -> Side:
     )  # fmt: skip
 
 
-def _shapes(
-    config: ModelConfig, family: Family, *, with_pooler: bool
-) -> dict[str, tuple[int, ...]]:
-    """Of the tensors that a family's file should hold, by their names in memory."""
-    with without_values():
-        model = LongformerForMaskedLM(config)
-    names = stored_names(config)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name in names}
-    if not family.has_padding_rows:
-        shapes[POSITIONS] = (config.max_tokens, config.hidden_size)
-    if with_pooler and not config.has_lm_head:
-        width = config.hidden_size
-        shapes |= dict(zip(POOLER, ((width, width), (width,)), strict=True))
-    return shapes
-
-
 def _problem(
     name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]
 ) -> tuple[str, str]:
@@ -198,25 +183,16 @@ def _problem(
 
     Names are those in memory.
     """
-    first = TWINS.get(name, name)
+    first = TIED.get(name, name)
     if first not in shapes:
         return "no part of the model", "no such tensor"
     if tuple(tensor.shape) != shapes[first]:
         return f"shape {tuple(tensor.shape)}", f"{shapes[first]} (config.json)"
     if not tensor.is_floating_point():
         return f"numbers of {tensor.dtype}", "a floating-point type"
-    if name in TWINS and not are_twins(tensors.get(first, tensor), tensor):
+    if name in TIED and not are_twins(tensors.get(first, tensor), tensor):
         return f"unlike {first}", "tied to it: the same numbers"
     return "", ""
-
-
-def are_twins(one: Tensor, two: Tensor) -> bool:
-    """Whether values are equal in the narrower of the two types; NaN equals NaN."""
-    if one.shape != two.shape:
-        return False
-    narrow = min(one.dtype, two.dtype, key=lambda dtype: dtype.itemsize)
-    one, two = one.to(narrow), two.to(narrow)
-    return torch.equal(one, two) or torch.allclose(one, two, rtol=0, atol=0, equal_nan=True)
 
 
 def _tokenizer(folder: Path, config: ModelConfig) -> tuple[Tokenizer | None, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,8 +16,10 @@ from longpretrain.convert.fairseq_model import need_fairseq_expressible
 from longpretrain.convert.onnx_folder import need_onnx, stored_dtype, write_onnx
 from longpretrain.convert.precision import dtype_named, effect, need_representable
 from longpretrain.convert.read import need_expressible
+from longpretrain.convert.room import told_if_full
 from longpretrain.convert.source import Source, open_source
 from longpretrain.convert.verify import VerifyReport, verify, why_no_transformers
+from longpretrain.convert.verify_text import tokens
 from longpretrain.convert.write_fairseq import FAIRSEQ_NAME, write_fairseq
 from longpretrain.errors import InputError
 from longpretrain.files import fresh_folder
@@ -29,6 +32,8 @@ _FAIRSEQ_FILES = {FAIRSEQ_NAME, DICTIONARY_NAME, CARD_NAME}
 # Format -> the library that loads it.
 _FORMATS = {"hf": "transformers", "fairseq": "fairseq", "onnx": "onnx"}
 _MODELS = ("masked-lm", "bare")
+_TOKENS = 512
+"""Of text, on which the effect of rounding is told."""
 _NOT_ASKED = "it was not asked for (--no-check)"
 
 
@@ -69,48 +74,99 @@ def export(
     Raises:
         InputError: a format that is not there, a model or a tokenizer that the format cannot
             express, numbers too large for the type, damaged files, weights that are not finite, or
-            a target that is something else.
+            a target that is something else, or has no room.
         RuntimeError: a check failed; the message has the table.
     """
-    _need_known("format", format, _FORMATS)
-    _need_known("model", model, _MODELS)
-    target, rounded = Path(target), dtype_named(dtype)
-    origin = open_source(source, tokenizer=tokenizer)
-    is_bare = model == "bare" or not origin.config.has_lm_head
-    config = dataclasses.replace(origin.config, has_lm_head=not is_bare)
-    if format == "onnx":
-        need_onnx(origin.path, config, rounded)
-    else:
-        need = need_expressible if format == "hf" else need_fairseq_expressible
-        need(origin.path, config)
-    tensors = origin.weights()
-    if is_bare:
-        tensors = {name: tensor for name, tensor in tensors.items() if not is_of_a_head(name)}
-    rounded = stored_dtype(tensors, rounded) if format == "onnx" else rounded
-    global_tokens = _global_tokens(origin, tensors)
-    notes = [*origin.notes, *_notes_of_bare(format, origin.config, config, tensors)]
-    notes += need_representable(origin.path, tensors, rounded) if rounded else ()
-    with fresh_folder(target, belongs=_is_export) as fresh:
-        unchecked = why_no_transformers() or ("" if check else _NOT_ASKED)
-        if format == "hf":
-            report = _write_hugging_face(origin, (config, tensors), fresh, rounded, not unchecked)
-        elif format == "onnx":
-            assert rounded is not None
-            report = write_onnx(origin, (config, tensors), fresh, dtype=rounded)
-        else:
-            own = {name: tensor.to(rounded or tensor.dtype) for name, tensor in tensors.items()}
-            report = write_fairseq(origin, own, fresh, global_tokens=global_tokens)
+    target = Path(target)
+    plan = _planned(
+        source, tokenizer, format=format, is_bare=_is_bare(model), dtype=dtype_named(dtype)
+    )
+    unchecked = why_no_transformers() or ("" if check else _NOT_ASKED)
+    with told_if_full(), fresh_folder(target, belongs=_is_export) as fresh:
+        report = _written(plan, fresh, check=not unchecked)
+        notes = plan.notes
         if report is not None:
-            report = dataclasses.replace(report, notes=(*notes, *report.notes))
+            notes = (*notes, *report.notes)
+            report = dataclasses.replace(report, notes=notes)
             if not report.ok:
                 raise RuntimeError("\n".join(["the export fails its check:", *report.lines()]))
         text = card(
-            target.absolute().name, origin, config=config, tensors=tensors, dtype=rounded,
-            report=report, unchecked=unchecked, library=_FORMATS[format],
-            global_tokens=global_tokens, notes=notes if report is None else report.notes,
+            target.absolute().name, plan.source, config=plan.config, tensors=plan.tensors,
+            dtype=plan.dtype, report=report, unchecked=unchecked, library=_FORMATS[format],
+            global_tokens=plan.global_tokens, notes=notes,
         )  # fmt: skip
         (fresh / CARD_NAME).write_text(text, encoding="utf-8")
     return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is to be written, of a source that was read and found fit."""
+
+    source: Source
+    format: str
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    """By their names in memory, as the source has them."""
+    dtype: torch.dtype | None
+    """What they are to be rounded to; None: they stay."""
+    global_tokens: str
+    notes: tuple[str, ...]
+
+
+def _planned(
+    path: Path | str,
+    tokenizer: Path | str | None,
+    *,
+    format: str,
+    is_bare: bool,
+    dtype: torch.dtype | None,
+) -> _Plan:
+    _need_known("format", format, _FORMATS)
+    source = open_source(path, tokenizer=tokenizer)
+    has_head = source.config.has_lm_head and not is_bare
+    config = dataclasses.replace(source.config, has_lm_head=has_head)
+    if format == "onnx":
+        need_onnx(source.path, config, dtype)
+    else:
+        need = need_expressible if format == "hf" else need_fairseq_expressible
+        need(source.path, config)
+    tensors = source.weights()
+    if not has_head:
+        tensors = {name: tensor for name, tensor in tensors.items() if not is_of_a_head(name)}
+    dtype = stored_dtype(tensors, dtype) if format == "onnx" else dtype
+    lost = need_representable(source.path, tensors, dtype) if dtype else ()
+    bare = _notes_of_bare(format, source.config, config, tensors)
+    return _Plan(
+        source=source, format=format, config=config, tensors=tensors, dtype=dtype,
+        global_tokens=_global_tokens(source, tensors), notes=(*source.notes, *bare, *lost),
+    )  # fmt: skip
+
+
+def _written(plan: _Plan, folder: Path, *, check: bool) -> VerifyReport | None:
+    """The folder's content but its card, and the checks that it was put to."""
+    if plan.format == "onnx":
+        assert plan.dtype is not None
+        return write_onnx(plan.source, (plan.config, plan.tensors), folder, dtype=plan.dtype)
+    if plan.format == "fairseq":
+        own = {name: t.to(plan.dtype or t.dtype) for name, t in plan.tensors.items()}
+        return write_fairseq(plan.source, own, folder, global_tokens=plan.global_tokens)
+    write_model((plan.config, plan.tensors), folder, dtype=plan.dtype)
+    plan.source.carry_tokenizer(folder, plan.config.max_tokens)
+    if not check:
+        return None
+    report = verify(folder)
+    if plan.dtype is None or all(t.dtype == plan.dtype for t in plan.tensors.values()):
+        return dataclasses.replace(report, notes=())
+    length = min(_TOKENS, plan.config.max_tokens)
+    tokens_BN = tokens(plan.source.tokenizer(), plan.config, length)
+    moved = effect(plan.config, plan.tensors, read_tensors(folder), tokens_BN)
+    return dataclasses.replace(report, notes=(moved,))
+
+
+def _is_bare(model: str) -> bool:
+    _need_known("model", model, _MODELS)
+    return model == "bare"
 
 
 def _need_known(what: str, got: str, wanted: Iterable[str]) -> None:
@@ -119,24 +175,6 @@ def _need_known(what: str, got: str, wanted: Iterable[str]) -> None:
             f"export {what}", got=got, wanted=" or ".join(wanted),
             way_out=f"Other ones are not written: pick a {what} of these.",
         )  # fmt: skip
-
-
-def _write_hugging_face(
-    source: Source,
-    model: tuple[ModelConfig, dict[str, Tensor]],
-    folder: Path,
-    dtype: torch.dtype | None,
-    check: bool,
-) -> VerifyReport | None:
-    config, tensors = model
-    write_model(model, folder, dtype=dtype)
-    source.carry_tokenizer(folder, config.max_tokens)
-    if not check:
-        return None
-    report = verify(folder)
-    if dtype is None or all(tensor.dtype == dtype for tensor in tensors.values()):
-        return dataclasses.replace(report, notes=())
-    return dataclasses.replace(report, notes=(effect(config, tensors, read_tensors(folder)),))
 
 
 def _notes_of_bare(

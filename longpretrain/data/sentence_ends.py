@@ -36,7 +36,7 @@ def sentence_end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     if not found:
         raise InputError(
             "recipe key model.global_tokens", got="sentence_ends",
-            wanted="a tokenizer with tokens like . ! ?",
+            wanted="a tokenizer with full stops and question marks",
             way_out="Name the tokens by their ids: ids_A_B.",
         )  # fmt: skip
     return tuple(sorted({*found, tokenizer.eos_id}))

@@ -40,14 +40,18 @@ __all__ = [
     "PICKLED_NAME",
     "POSITIONS",
     "SHARD_BYTES",
+    "TIED",
     "WEIGHTS_NAME",
     "StoredWeights",
+    "are_twins",
     "copy_local_to_global",
     "has_lm_head",
     "only_globals",
     "open_weights",
     "read_weights",
+    "shapes_in_files",
     "stored_names",
+    "with_padding_rows",
     "write_weights",
 ]
 
@@ -57,7 +61,8 @@ POSITIONS = "longformer.embeddings.position_embeddings.weight"
 """The position table, by its name in memory."""
 
 _WORDS = "longformer.embeddings.word_embeddings.weight"
-_TIED = {"lm_head.decoder.weight": _WORDS, "lm_head.decoder.bias": "lm_head.bias"}
+TIED = {"lm_head.decoder.weight": _WORDS, "lm_head.decoder.bias": "lm_head.bias"}
+"""What a file may hold twice, by the names in memory: the twin -> the one that is counted."""
 log = logging.getLogger(__name__)
 
 
@@ -136,7 +141,7 @@ def open_weights(folder: Path | str, config: ModelConfig) -> StoredWeights:
     prefix = family.prefix_in(files)
     found, problems = _renamed(files, family, prefix)
     found = _untied(folder, found)
-    shapes = _shapes(config, family)
+    shapes = shapes_in_files(config, family)
     optional = POOLER if not config.has_lm_head and all(name in found for name in POOLER) else ()
     shapes |= dict(zip(optional, _pooler_shapes(config), strict=False))
     for name, shape in shapes.items():
@@ -163,7 +168,7 @@ def open_weights(folder: Path | str, config: ModelConfig) -> StoredWeights:
         _fail(folder, listed(problems), wanted, way_out)
     tensors = {name: found[name] for name in shapes}
     if not family.has_padding_rows:
-        tensors[POSITIONS] = _with_padding_rows(tensors[POSITIONS], config.pad_id + 1)
+        tensors[POSITIONS] = with_padding_rows(tensors[POSITIONS], config.pad_id + 1)
     return StoredWeights(tensors=tensors, left_out=left_out)
 
 
@@ -232,7 +237,7 @@ def _renamed(
     return found, problems
 
 
-def _shapes(config: ModelConfig, family: Family) -> dict[str, tuple[int, ...]]:
+def shapes_in_files(config: ModelConfig, family: Family) -> dict[str, tuple[int, ...]]:
     """Of the tensors in the family's files, by their names in memory."""
     skeleton = _skeleton(config)
     names = stored_names(skeleton)
@@ -250,23 +255,23 @@ def _pooler_shapes(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
     return (config.hidden_size, config.hidden_size), (config.hidden_size,)
 
 
-def _with_padding_rows(table_PC: Tensor, count: int) -> Tensor:
+def with_padding_rows(table_PC: Tensor, count: int) -> Tensor:
     """A position table after ``count`` rows of zeros, which no token of a text reads."""
     return torch.cat([table_PC.new_zeros(count, table_PC.shape[1]), table_PC])
 
 
 def _untied(folder: Path, found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the tied twins, once they are found to be twins; a file may hold either of a pair."""
-    for twin, first in _TIED.items():
+    for twin, first in TIED.items():
         if twin not in found:
             continue
         tensor = found.pop(twin)
-        if not _are_twins(found.setdefault(first, tensor), tensor):
+        if not are_twins(found.setdefault(first, tensor), tensor):
             _fail(folder, f"{twin} unlike {first}", "tied weights", "Untied decoders are not read.")
     return found
 
 
-def _are_twins(one: Tensor, two: Tensor) -> bool:
+def are_twins(one: Tensor, two: Tensor) -> bool:
     """Whether values are equal in the narrower of the two types; NaN equals NaN."""
     if one.shape != two.shape:
         return False
