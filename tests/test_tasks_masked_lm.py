@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.evaluate.held_out import HeldOut
+from longpretrain.model import read_config, read_tensors, save_model
 from longpretrain.recipe import load_recipe
 from longpretrain.tasks.masked_lm import MaskedLMTask, Sample
 
@@ -74,6 +77,38 @@ def test_every_trained_parameter_has_a_gradient_in_every_batch(make_task, small_
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.any() or "global" in name or ".key.bias" in name, name
+
+
+@pytest.mark.parametrize("policy", ["ids_{full_stop}", "sentence_ends"])
+def test_a_masked_token_does_not_tell_what_it_was(make_task, policy: str) -> None:
+    """Global are the full stops that the model reads: not those that it has to guess."""
+    full_stop = make_task().tokenizer.vocab["."]
+    task = make_task(
+        f"model.global_tokens={policy.format(full_stop=full_stop)}", "masking.probability=0.5"
+    )
+    held_out = HeldOut(
+        task.corpus, task.tokenizer, max_tokens=128, probability=0.5,
+        global_tokens=task.config.model.global_tokens,
+    )  # fmt: skip
+    for scored in (held_out[block] for block in range(len(held_out))):
+        assert task.tokenizer.mask_id not in scored.inputs_N[scored.global_G]
+    hidden = 0
+    for number in range(3 * len(task.blocks)):
+        sample = task.sample(number)
+        targets = dict(zip(sample.positions_M.tolist(), sample.targets_M.tolist(), strict=True))
+        read = sample.tokens_N[sample.global_G]
+        assert full_stop in read or not (sample.tokens_N == full_stop).any()
+        assert task.tokenizer.mask_id not in read
+        hidden += sum(token == full_stop for token in targets.values())
+    assert hidden > 10
+
+
+def test_what_sentence_ends_means_is_told(make_task) -> None:
+    assert make_task("model.global_tokens=first").global_summary == ""
+    said = make_task("model.global_tokens=sentence_ends").global_summary
+    assert said.startswith("global tokens: 119 of the tokenizer end a sentence: ")
+    assert {".", "?", "!"} <= set(said.split())
+    assert said.endswith(" ...")
 
 
 class TestPacked:
@@ -182,3 +217,13 @@ def _packed_batch(task: MaskedLMTask) -> tuple[dict[str, torch.Tensor], list[Sam
     batch = task.collate(rows)
     assert "padding_BN" in batch
     return batch, rows
+
+
+def test_a_model_without_a_head_is_not_trained(make_task, small_run: Path, tmp_path: Path) -> None:
+    """And is refused before anything starts."""
+    folder = small_run / "models" / "long"
+    config = dataclasses.replace(read_config(folder), has_lm_head=False)
+    save_model((config, read_tensors(folder)), tmp_path / "bare")
+    load_tokenizer(folder).save(tmp_path / "bare", max_tokens=128)
+    with pytest.raises(InputError, match=r"got no masked-LM head; .* DST --new-head"):
+        make_task(f"model.path={tmp_path / 'bare'}")

@@ -68,12 +68,15 @@ def check_onnx(
 
     check_file(folder / MODEL_NAME)
     session = _session(folder / MODEL_NAME)
-    free = {value.name: value.shape for value in session.get_inputs()}
-    wanted = {name: ["batch", "sequence"] for name in input_names(config)}
+    fixed = [
+        value.name
+        for value in session.get_inputs()
+        if value.name not in input_names(config) or value.shape != ["batch", "sequence"]
+    ]
     yield VerifyRow(
-        check=f"onnx.checker passes; onnxruntime {onnxruntime.__version__} loads",
-        got=", ".join(f"{name} [{', '.join(map(str, dims))}]" for name, dims in free.items()),
-        limit=f"opset {OPSET}, all dimensions free", ok=free == wanted,
+        check=f"onnx.checker passes, onnxruntime {onnxruntime.__version__} loads",
+        got=f"other inputs: {', '.join(fixed)}" if fixed else f"opset {OPSET}",
+        limit="[batch, sequence] free", ok=not fixed,
     )  # fmt: skip
     encoder, model = _ours(config, weights, dtype)
     for case in cases(tokenizer, config):

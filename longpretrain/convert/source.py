@@ -8,6 +8,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from longpretrain.files import sha256
 from longpretrain.model import ModelConfig, config_json, copy_local_to_global, read_config
 from longpretrain.model.listing import listed
 from longpretrain.model.weight_files import PICKLED_NAME, WEIGHTS_NAME
-from longpretrain.model.weights import open_weights
+from longpretrain.model.weights import StoredWeights, open_weights
 
 # What a checkpoint holds beside its model.
 _RUN_FILES = ("optimizer", "state.json")
@@ -50,6 +51,8 @@ class Choices:
     """Whether a tokenizer is looked for at all."""
     allow_nonfinite: bool = False
     """Whether weights may be NaN or infinite."""
+    need_whole: bool = True
+    """Whether a folder's tensors have to be complete, known and tied as soon as it is opened."""
 
 
 class Source(ABC):
@@ -171,14 +174,16 @@ class FolderSource(Source):
         config = read_config(self.path)
         # Rows that a training went through count as learnt, all of them.
         self.config = dataclasses.replace(config, learnt_positions=0) if self.state else config
-        stored = open_weights(self.path, self.config)
-        self._tensors = stored.tensors
-        if stored.left_out:
+        if how.need_whole and (left_out := self._stored.left_out):
             kind = "masked-LM model" if config.has_lm_head else "model without a head"
-            self.notes = (f"left out, no part of a {kind}: {listed(stored.left_out, ', ')}",)
+            self.notes = (f"left out, no part of a {kind}: {listed(left_out, ', ')}",)
+
+    @cached_property
+    def _stored(self) -> StoredWeights:
+        return open_weights(self.path, self.config)
 
     def _stored_tensors(self) -> dict[str, Tensor]:
-        return dict(self._tensors)
+        return dict(self._stored.tensors)
 
     def own_hashes(self) -> dict[str, str]:
         found = hashes(self.path)
@@ -278,6 +283,7 @@ def open_source(
     tokenizer: Path | str | None = None,
     with_tokenizer: bool = True,
     allow_nonfinite: bool = False,
+    need_whole: bool = True,
 ) -> Source:
     """The model that a path means: a file is fairseq's, a folder is Hugging Face's or a run.
 
@@ -286,12 +292,17 @@ def open_source(
         tokenizer: a folder with the tokenizer to take instead of the source's own.
         with_tokenizer: whether a tokenizer is looked for at all.
         allow_nonfinite: whether weights may be NaN or infinite.
+        need_whole: whether a folder with tensors that are missing, foreign or untied is refused
+            here; else ``tensors`` refuses it.
 
     Raises:
         InputError: see FolderSource and FairseqSource.
     """
     path, given = Path(path), None if tokenizer is None else Path(tokenizer)
-    how = Choices(tokenizer=given, with_tokenizer=with_tokenizer, allow_nonfinite=allow_nonfinite)
+    how = Choices(
+        tokenizer=given, with_tokenizer=with_tokenizer, allow_nonfinite=allow_nonfinite,
+        need_whole=need_whole,
+    )  # fmt: skip
     if path.is_file() and (path.suffix == Path(WEIGHTS_NAME).suffix or path.name == PICKLED_NAME):
         raise InputError(
             str(path), got="a file of weights", wanted="its folder, which has config.json too",

@@ -152,12 +152,13 @@ def _check_rows(side: Side) -> Iterator[VerifyRow]:
     config = side.config
     kept = config.pad_id + 1
     words_VC, table_PC = side.tensors[WORDS].float(), side.tensors[POSITIONS].float()
-    largest = float(words_VC.norm(dim=1).max())
-    yield _check_padding("word row of padding", words_VC[config.pad_id : kept], largest)
+    norms = words_VC.norm(dim=1)
+    norms[config.pad_id] = 0
+    yield _check_padding("word row of padding", words_VC[config.pad_id : kept], float(norms.max()))
     largest = float(table_PC[kept:].norm(dim=1).max())
     yield _check_padding("position rows of padding", table_PC[:kept], largest)
     yield _check_tokens_rows(table_PC, kept)
-    found = repeats(side.tensors[POSITIONS][kept:], learnt=config.learnt_positions)
+    found = repeats(side.tensors[POSITIONS][kept:], learnt=side.learnt_positions)
     yield VerifyRow(check="position rows repeat", got=found.told, limit=found.limit, ok=found.ok)
 
 
@@ -173,7 +174,7 @@ def _check_tokens_rows(table_PC: Tensor, kept: int) -> VerifyRow:
     padding_PC, rows_PC = table_PC[:kept], table_PC[kept:]
     norms = rows_PC.norm(dim=1)
     typical = float(norms.nanmedian())
-    far = ~((norms <= _FAR * typical) & (norms * _FAR**2 >= typical))
+    far = ~((norms <= _FAR**2 * typical) & (norms * _FAR**2 >= typical))
     as_padding = torch.zeros_like(far)
     for row_C in padding_PC:
         as_padding |= (rows_PC == row_C).all(dim=1)
@@ -182,7 +183,7 @@ def _check_tokens_rows(table_PC: Tensor, kept: int) -> VerifyRow:
         first = int((far | as_padding).nonzero()[0])
         what = "is a row of padding" if as_padding[first] else f"has norm {norms[first]:.3g}"
         got = f"{bad} of {len(rows_PC)}: row {kept + first} {what}"
-    limit = f"norms {typical / _FAR**2:.2g} to {typical * _FAR:.2g}, no row of padding"
+    limit = f"norms {typical / _FAR**2:.2g} to {typical * _FAR**2:.2g}, no row of padding"
     return VerifyRow(check="position rows of tokens", got=got, limit=limit, ok=not bad)
 
 

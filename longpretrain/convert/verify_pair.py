@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from longpretrain.convert.read import RECORD_NAME
 from longpretrain.convert.verify_alone import check_alone
 from longpretrain.convert.verify_ids import differing, some
@@ -16,6 +18,7 @@ from longpretrain.convert.verify_side import Side
 from longpretrain.convert.verify_text import LENGTHS, PADDED, tokens, with_padding
 from longpretrain.data.tokenizer import Tokenizer
 from longpretrain.model.listing import listed
+from longpretrain.model.weights import POSITIONS, are_twins
 
 _SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size")
 _ALWAYS_EQUAL = (*_SIZES, "layer_norm_eps", "pad_id", "bos_id", "eos_id", "causal")
@@ -47,7 +50,7 @@ def check_pair(first: Side, second: Side) -> VerifyReport:
         return VerifyReport(rows=tuple(rows), relation=relation.told)
     tensors = tuple(origins(old, new, is_lengthened=relation.is_lengthened))
     rows = [*failing(tensors), _count(tensors), *_check_casts(relation), *rows]
-    rows += [*_check_tokenizers(relation), *_check_outputs(relation)]
+    rows += [*_check_tokenizers(relation), *_check_outputs(relation, _swaps(relation, tensors))]
     return VerifyReport(
         rows=tuple(rows), relation=_relation_of(relation, tensors), tensors=tensors,
         notes=tuple(_notes(relation)),
@@ -177,17 +180,28 @@ def _unlike(one: Tokenizer, two: Tokenizer) -> list[str]:
     return wrong
 
 
-def _check_outputs(relation: Relation) -> Iterator[VerifyRow]:
+def _swaps(relation: Relation, tensors: tuple[TensorRow, ...]) -> bool:
+    """Whether outputs can only be equal on the source's position rows: they were interpolated."""
+    fits = all(row.ok for row in tensors if row.name == POSITIONS)
+    tables = [side.tensors.get(POSITIONS) for side in (relation.old, relation.new)]
+    if not relation.is_lengthened or not fits or tables[0] is None or tables[1] is None:
+        return False
+    shorter = min(len(tables[0]), len(tables[1]))
+    return not are_twins(tables[0][:shorter], tables[1][:shorter])
+
+
+def _check_outputs(relation: Relation, swaps: bool) -> Iterator[VerifyRow]:
     """Up to the shorter one's length, with windows that see it all where they may differ."""
     old, new = relation.old, relation.new
     if not (old.is_whole and new.is_whole):
         return
     longest = min(old.config.max_tokens, new.config.max_tokens)
     lengths = sorted({min(length, longest) for length in LENGTHS})
-    models = _in_memory(relation, lengths[-1])
+    models = _in_memory(relation, lengths[-1], swaps)
     tokenizer, config = old.tokenizer or new.tokenizer, models[0].config
     name = what(config)
     window = ", windows over all" if relation.is_lengthened else ""
+    window += " and the source's position rows" if swaps else ""
     for length in lengths:
         tokens_BN = tokens(tokenizer, config, length)
         got, wanted = (model.output(tokens_BN) for model in models)
@@ -201,7 +215,7 @@ def _check_outputs(relation: Relation) -> Iterator[VerifyRow]:
         yield compare(f"{name}, {length} tokens, the first global", got, wanted)
 
 
-def _in_memory(relation: Relation, longest: int) -> list[OurModel]:
+def _in_memory(relation: Relation, longest: int, swaps: bool) -> list[OurModel]:
     """Both as the narrower type has them: what rounding moves is no difference of theirs."""
     sides = (relation.old, relation.new)
     has_lm_head = all(side.config.has_lm_head for side in sides)
@@ -212,7 +226,12 @@ def _in_memory(relation: Relation, longest: int) -> list[OurModel]:
             config = covering(config, longest)
         dtypes = {tensor.dtype for tensor in (*side.tensors.values(), *other.tensors.values())}
         narrow = min(dtypes, key=lambda dtype: dtype.itemsize)
-        models.append(OurModel(config, {n: t.to(narrow) for n, t in side.weights().items()}))
+        tensors = {n: t.to(narrow) for n, t in side.weights().items()}
+        if swaps:
+            tables = [one.tensors[POSITIONS].to(narrow) for one in sides]
+            shorter = min(map(len, tables))
+            tensors[POSITIONS] = torch.cat([tables[0][:shorter], tensors[POSITIONS][shorter:]])
+        models.append(OurModel(config, tensors))
     return models
 
 

@@ -41,7 +41,7 @@ def repeats(rows_PC: Tensor, *, learnt: int) -> Finding:
     """
     keys, limit = _keys(rows_PC), "all different, or learnt rows end to end"
     period = _period(keys)
-    if learnt and period and period != learnt < len(keys):
+    if learnt and period % learnt and learnt < len(keys):
         told = f"rows {period} apart are equal; config.json has {learnt} learnt"
         return Finding(told=told, ok=False, limit=limit)
     period = learnt or period

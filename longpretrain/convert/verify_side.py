@@ -97,6 +97,13 @@ class Side:
         return f"{kind}{made}{head}, {self.config.max_tokens:,} tokens"
 
     @property
+    def learnt_positions(self) -> int:
+        """Positions that were learnt before the model was lengthened, trained since or not."""
+        block = self.tree.get("longpretrain")
+        learnt = block.get("learnt_positions", 0) if isinstance(block, dict) else 0
+        return learnt if isinstance(learnt, int) else 0
+
+    @property
     def is_whole(self) -> bool:
         """Whether no tensor is missing, foreign, or of another shape."""
         return not self.missing and not any(stored.problem for stored in self.stored)
@@ -115,7 +122,7 @@ def open_side(path: Path | str) -> Side:
     Raises:
         InputError: there is no model, or one that does not read; a checkpoint with an altered file.
     """
-    source = open_source(path, allow_nonfinite=True)
+    source = open_source(path, allow_nonfinite=True, need_whole=False)
     return _of_folder(source) if source.path.is_dir() else _of_file(source)
 
 

@@ -96,5 +96,6 @@ def global_positions(
         case "every":
             chosen = position_N % policy.every == 0
         case "ids" | "sentence_ends":
+            assert policy.ids, "global_tokens_of finds them"
             chosen = np.isin(tokens_N, policy.ids)
     return np.flatnonzero(chosen).astype(np.int32)
