@@ -162,8 +162,7 @@ def measure_all(model: Model, place: Path, chosen: Sequence[str], *, check: bool
     for form in chosen:
         source, target = FORMS[form](model, place / "source"), place / "long"
         words = ["convert", str(source), str(target), "--positions", "4096"]
-        if form == "pytorch_model.bin" or "safetensors" in form or source.is_dir():
-            words.append("--no-tokenizer")
+        words += ["--no-tokenizer"] if source.is_dir() else []
         peaks.append(measure("convert", form, source, words))
         shutil.rmtree(place / "source")
         if form == chosen[0]:

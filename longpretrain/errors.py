@@ -38,6 +38,13 @@ class InputError(ValueError):
         return _input_error, (self.what, self.got, self.wanted, self.way_out), self.__dict__
 
 
+class RankLostError(InputError):
+    """A rank ended while others waited for it: no fault of the input, which may do another time.
+
+    The command line prints it like any other and exits with code 1.
+    """
+
+
 def _input_error(what: str, got: str, wanted: str, way_out: str) -> InputError:
     return InputError(what, got=got, wanted=wanted, way_out=way_out)
 

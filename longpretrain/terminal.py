@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from longpretrain.errors import InputError, from_system
+from longpretrain.errors import InputError, RankLostError, from_system
 
 BAD_INPUT = 2
 FAILED = 1
@@ -96,7 +96,7 @@ def exit_code(run: Callable[[], int], *, verb: str) -> int:
         _flush()
         return code
     except InputError as error:
-        told, code = error, BAD_INPUT
+        told, code = error, FAILED if isinstance(error, RankLostError) else BAD_INPUT
     except BrokenPipeError:
         if _has_reader(sys.stdout):
             raise

@@ -41,8 +41,9 @@ def run_rank(config: Config, *, fresh: bool) -> int:
         # A person's Ctrl-C ends the wait for other ranks; a scheduler's signal is kept until there
         # is a checkpoint to leave, or the job would not be requeued.
         asked = lambda: stop.signal_name == "SIGINT"  # noqa: E731
-        zero.start_ranks(ranks, device, asked, timeout=patience(config.watchdog))
         with Watchdog(ranks, config.watchdog) as watchdog:
+            timeout = patience(config.watchdog)
+            zero.start_ranks(ranks, device, asked, timeout=timeout, watch=watchdog)
             code = _run_joined(
                 config, ranks, device, stop, printed=printed, watchdog=watchdog, fresh=fresh
             )
@@ -179,6 +180,7 @@ def _metrics(
             attention_window=windows,
             max_tokens=config.data.max_tokens,
             masked_share=config.masking.probability,
+            weights_train=config.model.train_only == "all",
         ),
         peak_flops=peak,
     )

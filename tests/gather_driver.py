@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from longpretrain.engine import gather, zero
-from longpretrain.engine.gather import Share
+from longpretrain.engine.gather import Share, standing_share
 from longpretrain.engine.zero import MOMENTS, ZeroEngine
 from longpretrain.ranks import discover
 from longpretrain.recipe import from_tree
@@ -60,20 +60,27 @@ def check(precision: str, stage: int) -> str:
     torch.manual_seed(0)
     tree = {"precision": precision, "zero": {"config": f"ds_configs/zero{stage}.json"}}
     config = from_tree(tree | {"optim": {"lr": 0.1}})
-    engine = ZeroEngine(Odd(), config, accumulation=1)
-    share = Share(engine, Names())  # type: ignore[arg-type]
-    compare(engine, share.take())  # before any update: moments of zeros
+    model = Odd()
+    standing = standing_share(model, Names())  # type: ignore[arg-type]
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    engine = ZeroEngine(model, config, accumulation=1)
+    share = Share(engine, Names(), standing)  # type: ignore[arg-type]
+    compare(engine, share.take(), frozen)  # before any update: moments of zeros
     for number in range(2):
         engine.backward(engine(torch.full((2, 7), 1.0 + number + dist.get_rank())))
         assert engine.step().applied
-    held = compare(engine, share.take())
+    held = compare(engine, share.take(), frozen)
     engine._engine.destroy()
     return f"{precision} {stage}: {held}"
 
 
-def compare(engine: ZeroEngine, mine: Mapping[str, Mapping[str, torch.Tensor]]) -> list[int]:
+def compare(
+    engine: ZeroEngine,
+    mine: Mapping[str, Mapping[str, torch.Tensor]],
+    frozen: Mapping[str, torch.Tensor],
+) -> list[int]:
     """How many elements each rank holds, after all of them were compared."""
-    wanted = {name: engine.full_state(name) for name in engine.trained_names}
+    wanted = {**frozen, **{name: engine.full_state(name) for name in engine.trained_names}}
     wanted["twin"] = wanted["first.weight"]
     for name in engine.trained_names:
         wanted |= {f"{name}.{key}": engine.full_state(name, key) for key in MOMENTS}

@@ -124,7 +124,7 @@ def test_a_window_of_padding_has_finite_gradients_in_fp16() -> None:
     plain, ours = make_pair()
     for model in (plain, ours):
         for layer in model.longformer.encoder.layer:
-            layer.attention.self.query.weight.data *= 30  # so that scores reach beyond -16
+            layer.attention.self.query.weight.data *= 100  # so that scores reach below -16
     assert is_finite(ours)
     assert not is_finite(plain)
 

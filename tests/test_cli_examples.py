@@ -120,7 +120,7 @@ def test_examples_make_what_they_say(ran: dict[str, list[Ran]]) -> None:
     assert made["evaluate"] == {"runs/mine/evaluation.json"}
     assert made["report"] == {"runs/mine/report.html"}
     assert "exported/model.safetensors" in made["export"]
-    assert made["verify"] == set()
+    assert made["verify"] == {"report.json"}
 
 
 def commands() -> list[str]:

@@ -69,7 +69,7 @@ def test_a_family_that_is_not_read(
         ("position_embedding_type", "relative_key_query"), ("hidden_act", "gelu_new"),
         ("hidden_act", "relu"), ("is_decoder", True), ("add_cross_attention", True),
         ("tie_word_embeddings", False), ("num_attention_heads", 5), ("hidden_size", "32"),
-        ("pad_token_id", -1), ("num_hidden_layers", 0),
+        ("type_vocab_size", 0), ("num_hidden_layers", 0),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
@@ -207,6 +207,19 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixt
     assert load_tokenizer(tmp_path / "b").fingerprint == wanted
     line = refused(capsys, source, tmp_path / "a", *words, within=tmp_path)
     assert "another conversion (source_files, tokenizer differ)" in line
+
+
+def test_a_tokenizer_with_another_padding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would shift positions: they count what is not padding."""
+    source = make_family(tmp_path / "short", "bert", tokenizer=None, vocab_size=1000)
+    write_tokenizer(tmp_path / "words", "xlm-roberta")
+    words = ("--tokenizer", tmp_path / "words")
+    line = refused(capsys, source, tmp_path / "long", *words, within=tmp_path)
+    assert "got id 1 for padding; wanted 0, pad_token_id of the model" in line
+    edit_config(source, pad_token_id=1)
+    assert exit_code("convert", source, tmp_path / "long", *words) == 0
 
 
 def test_a_tokenizer_that_is_there_but_not_wanted_is_left_where_it_is(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from family_models import make_family
 from onnx_runs import OnnxModel, draw_model, quiet, run, small_config, text
+from small_disk import small_disk
 from told import check_form, disk, exit_code
 from torch import Tensor
 
@@ -283,6 +284,16 @@ def test_what_the_graph_has_not_is_refused(
     assert exit_code("export", tmp_path / "source", out, "--format", "onnx", *words) == 2
     assert wanted in check_form(capsys.readouterr().err, "export")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model((CONFIG, WEIGHTS), tmp_path / "source")
+    size = sum(weight.nbytes for weight in WEIGHTS.values())
+    with small_disk(tmp_path / "disk", kib=size // 2048) as disk:
+        words = ["export", tmp_path / "source", disk / "out", "--format", "onnx"]
+        assert exit_code(*words) == 2
+        assert not list(disk.iterdir())
+    assert "no space left" in check_form(capsys.readouterr().err, "export")
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])

@@ -150,7 +150,7 @@ KINDS = st.sampled_from(["roberta", "longformer"])
 WINDOW = st.integers(1, 16).map(lambda half: 2 * half)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     layers=st.integers(1, 4), heads=st.integers(1, 4), width=st.integers(1, 5),
     inner=st.integers(1, 20), learnt=st.integers(1, 30), positions=st.integers(2, 60),
@@ -186,7 +186,7 @@ def test_any_size_in_and_out(
         same(folder / "once", folder / "twice")
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.conversion(
     family="RoBERTa", direction="HF -> fairseq, {dtype}",
     checked="fairseq's RobertaModel loads the rounded weights bit for bit",
@@ -197,7 +197,7 @@ def test_fairseq_loads_rounded_weights(tmp_path: Path, dtype: str) -> None:
     report = export(tmp_path / "in", tmp_path / "out", format="fairseq", dtype=dtype)
     assert report is not None
     assert report.ok
-    assert any(note.startswith(f"rounded to {dtype}") for note in report.notes) == (dtype != "fp32")
+    assert report.notes[0].startswith(f"rounded to {dtype} from fp32")
     export(tmp_path / "in", tmp_path / "hf", dtype=dtype, check=False)
     rounded = read_tensors(tmp_path / "hf")
     hub = RobertaModel.from_pretrained(

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from longpretrain.convert import VerifyReport, convert, verify
+from longpretrain.convert import VerifyReport, theirs, verify, verify_outputs, verify_theirs
 from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.model import LongformerForMaskedLM, ModelConfig, read_tensors, save_model
@@ -74,8 +74,17 @@ def test_a_roberta_with_a_tokenizer_passes_until_they_disagree(
     assert report.ok, report.lines()
     assert report.rows[-1].check == "tokenizers agree"
     monkeypatch.setattr(type(tokenizer), "encode", lambda self, text: np.array([5, 6, 7]))
-    (row,) = (row for row in verify(tmp_path / "a").rows if not row.ok)
+    published, row = (row for row in verify(tmp_path / "a").rows if not row.ok)
     assert (row.check, row.got[:15]) == ("tokenizers agree", "not on the text")
+    assert published.check == "vocabulary"
+    assert published.got.startswith("'Hello world' is not [31414, 232]")
+
+
+def test_what_transformers_ties_otherwise_fails(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(theirs.TheirModel, "ties", (True, False))
+    assert failed(verify(folder)) == ["tied in transformers"]
 
 
 def test_a_tokenizer_that_puts_a_space_first_agrees_too(tmp_path: Path) -> None:
@@ -97,7 +106,7 @@ def test_damage_is_found(folder: Path) -> None:
     damaged[position] = state[position].clone()
     damaged[position][1] = 1e6
     save_model((LONG, damaged), folder)
-    assert "position rows of padding" in failed(verify(folder))
+    assert failed(verify(folder)) == ["position rows of padding"]
     damaged[position] = torch.full_like(state[position], torch.nan)
     save_model((LONG, damaged), folder)
     assert "weights finite" in failed(verify(folder))
@@ -128,36 +137,35 @@ def test_what_transformers_cannot_compute_is_refused_by_name(
 
 def test_logits_that_differ_fail(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A window that our side reads otherwise than transformers must show."""
-    module = sys.modules[verify.__module__]  # the function hides the module's name
-    real = module.load_model
-    monkeypatch.setattr(
-        module, "load_model", lambda path: real(path, changes={"attention_window": (8, 32)})
-    )
-    assert "logits, 255 tokens" in failed(verify(folder))
+
+    class Wider(verify_outputs.OurModel):
+        def __init__(self, config: ModelConfig, tensors: dict[str, torch.Tensor]) -> None:
+            super().__init__(dataclasses.replace(config, attention_window=(8, 32)), tensors)
+
+    monkeypatch.setattr(verify_theirs, "OurModel", Wider)
+    found = failed(verify(folder))
+    assert [name for name in found if not name.startswith("logits")] == []
+    assert "logits, 255 tokens" in found
+    assert "logits, 7 tokens" not in found  # either window covers it
 
 
 def test_two_folders_are_compared_tensor_by_tensor(folder: Path, tmp_path: Path) -> None:
     same = verify(folder, folder)
     assert same.ok
-    assert same.rows[0].check == "tensors equal bit for bit"
+    assert same.rows[0].check == "tensors that fit"
+    assert same.relation == "the same model"
     state = dict(read_tensors(folder))
     state["lm_head.bias"] = state["lm_head.bias"] + torch.tensor([0.25] + [0.0] * 66)
     save_model((LONG, state), tmp_path / "b")
     report = verify(folder, tmp_path / "b")
     assert not report.ok
-    assert (report.rows[0].check, report.rows[0].got) == ("lm_head.bias", "differs by 2.5e-01")
-    assert failed(report)[2:] == [f"logits, {n} tokens" for n in (7, 255, 512, 513, 600)]
-
-
-def test_a_roberta_and_its_longformer(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    save_model(LongformerForMaskedLM(SHORT), tmp_path / "a")
-    convert(tmp_path / "a", tmp_path / "b", positions=100, attention_window=128)
-    report = verify(tmp_path / "a", tmp_path / "b")
-    got = {row.check: row.got for row in report.rows}
-    assert got["longformer.embeddings.position_embeddings.weight"] == "shape (66, 32) and (102, 32)"
-    assert list(got.values()).count("only in the second") == 12
-    assert [row.ok for row in report.rows if row.check.startswith("logits")] == [True, True]
+    row = report.rows[0]
+    assert (row.check, row.limit) == ("lm_head.bias", "equal bit for bit")
+    assert row.got == "differs by 2.5e-01 in 1 of 67 numbers"
+    assert report.relation == "the same model, but for 1 tensors"
+    lengths = [f"logits, {n} tokens" for n in (7, 255, 512, 513, 600)]
+    padded = ["logits, 21 tokens with padding", "logits, 21 tokens, the first global"]
+    assert failed(report)[2:] == [*lengths, *padded]
 
 
 def test_no_folder(tmp_path: Path) -> None:

@@ -165,5 +165,8 @@ def test_a_prefix_that_transformers_does_not_know_is_found(
     report = verify(tmp_path / "bad")
     (row,) = (row for row in report.rows if row.check.endswith("loads every tensor"))
     assert not row.ok
-    assert "word_embeddings" in row.got
-    assert "logits" in failed(report)
+    if row.got.startswith("transformers fails"):  # 4.57 sees that something is wrong
+        assert "is corrupted" in row.got
+    else:
+        assert "missing_keys longformer.embeddings.LayerNorm.bias" in row.got
+        assert "logits" in failed(report)

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from ranks_helper import ROOT, rank_environment
+from torch.distributed import PrefixStore, TCPStore
 
 from longpretrain.engine import meeting
 from longpretrain.errors import InputError
@@ -110,6 +112,20 @@ def test_who_did_not_come_is_named() -> None:
     told = ends(started(port, 0, 4, LONGPRETRAIN_JOIN_TIMEOUT_S="4"), second)
     for line in told:
         assert line.startswith("refused: ranks: got 2 of 4 in 4 s; rank 1, 3 did not come; wanted")
+
+
+def test_a_rank_that_came_and_ended_is_not_waited_for() -> None:
+    """Rank 2 of 3 never comes; the end of rank 1, which is known, is told at once."""
+    port = free_port()
+    first, second = started(port, 0, 3), started(port, 1, 3)
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+    store = PrefixStore("longpretrain-meeting-0", store)
+    store.wait(["rank 1"], timedelta(seconds=60))
+    second.kill()
+    told = ends(first)
+    second.communicate()
+    signed = rf"refused: rank 1: got its end \(process {second.pid} on \S+\) while ranks met; .*"
+    assert re.fullmatch(signed, told[0])
 
 
 def test_no_rank_0_is_named() -> None:

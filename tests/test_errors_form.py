@@ -35,6 +35,7 @@ MAY_RAISE = {
     ("prepare/units.py", "told"): "the same",
     ("attention/memory.py", "OutOfMemoryError"): "torch's own, which callers look for",
     ("engine/forensics.py", "FloatingPointError"): "a run that diverges; status.json tells it too",
+    ("engine/meeting.py", "RankLostError"): "an InputError; exit_code makes 1 of it, not 2",
     ("engine/update.py", "RuntimeError"): "a fault of the hardware: weights differ between ranks",
     ("engine/complete.py", "OSError"): "saver.py tells it: a save that failed",
     ("engine/saver.py", "FloatingPointError"): "weights overflowed; status.json tells it too",

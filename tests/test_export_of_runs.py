@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from ranks_helper import drive
+from told import exit_code
 
 from longpretrain.convert import convert, export
+from longpretrain.data.manifest import Manifest
+from longpretrain.files import sha256
 from longpretrain.model import copy_local_to_global, read_config, read_tensors, save_model
 
-STAGES = (0, 1, 2, 3)
-GLOBAL = "3, first token global"
-RUNS = {**{str(stage): stage for stage in STAGES}, GLOBAL: 3}
+GLOBAL = "1, first token global"
+RUNS = {"0": 0, GLOBAL: 1, "2": 2, "3": 3}
+"""Name -> ZeRO stage."""
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +75,54 @@ def test_a_run_and_its_export_convert_to_the_same_files(
     for file in found - {"conversion.json"}:  # which names the source
         of_run, of_export = (tmp_path / f"of {kind}" / file for kind in ("run", "export"))
         assert of_run.read_bytes() == of_export.read_bytes(), file
+
+
+def test_the_card_tells_the_recipe_the_data_the_losses_and_the_sources(
+    runs: Path, small_run: Path, tmp_path: Path
+) -> None:
+    export(runs / "2", tmp_path / "out", check=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    checkpoint = runs / "2" / "checkpoints" / "step-000002"
+    lines = map(json.loads, (runs / "2" / "metrics.jsonl").read_text().splitlines())
+    (*_, last) = (line for line in lines if line["kind"] == "train")
+    corpus = Manifest.read(small_run / "data" / "train")
+    shards = sorted(checkpoint.glob("model-*.safetensors"))
+    assert len(shards) == 2, "one of each rank"
+    facts = [
+        "| updates | 2 of 2 |", "| sequences seen | 8 |", "| sequences per update | 4 |",
+        "| learning rate, at its peak | 0.001 |", "| precision | fp32 |",
+        "| tokens per sequence, at most | 128 |", "| what was trained | all |",
+        f"| fingerprint of the corpus | `{corpus.fingerprint}` |",
+        f"| train data | {corpus.documents:,} documents, {corpus.tokens:,} tokens, ",
+        f"| 2 | training batch | {last['loss']:.4f} |",
+        "Made from `step-000002`, by content:",
+        *(f"| `{shard.name}` | `{sha256(shard)}` |" for shard in shards),
+        "`long` was made by `longpretrain convert`:",
+        '| source | `"short"` |', "| positions | `128` |",
+        f"| `model.safetensors` | `{sha256(small_run / 'models/short/model.safetensors')}` |",
+    ]  # fmt: skip
+    assert [fact for fact in facts if fact not in card] == []
+    for folder in (runs, small_run, tmp_path):
+        assert str(folder) not in card, "a card is for strangers"
+
+
+def test_an_evaluation_of_the_checkpoint_is_told(
+    runs: Path, small_run: Path, tmp_path: Path
+) -> None:
+    """And one that is older than the checkpoint is not: it scored other weights."""
+    run = tmp_path / "run"
+    shutil.copytree(runs / "2", run)
+    command = ["evaluate", run, "--data", small_run / "data" / "valid", "--max-tokens", "64,128"]
+    assert exit_code(*command) == 0
+    results = json.loads((run / "evaluation.json").read_text())["results"]
+    rows = [
+        f"| 2 | `longpretrain evaluate`, {result['max_tokens']} tokens | "
+        f"{result['bits'] * math.log(2):.4f} | {result['bits']:.4f} |"
+        for result in results
+    ]
+    for is_older in (False, True):
+        if is_older:
+            os.utime(run / "evaluation.json", (1, 1))
+        export(run, tmp_path / "out", check=False)
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert [row in card for row in rows] == [not is_older] * 2, card

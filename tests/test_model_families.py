@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import FAMILIES, make_family
+import transformers
+from family_models import FAMILIES, make_family, write_tokenizer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from longpretrain.convert import convert
 from longpretrain.errors import InputError
 from longpretrain.model import (
     load_encoder,
@@ -143,6 +145,24 @@ def test_first_and_last_token_of_a_bert_are_its_tokenizer_s(
     assert (config.bos_id, config.eos_id) == (3, 4)
 
 
+def test_a_bert_with_another_family_s_tokenizer(tmp_path: Path) -> None:
+    """Multilingual MiniLM: its config.json calls 0 the padding, which is <s> of its tokenizer."""
+    folder = tmp_path / "a"
+    size = write_tokenizer(folder, "xlm-roberta", form="json")
+    make_family(folder, "bert", kind="bare", tokenizer=None, vocab_size=size)
+    assert json.loads((folder / "config.json").read_text())["pad_token_id"] == 0
+    for said in ({}, {"pad_token": {"content": "<pad>"}, "cls_token": "<s>", "sep_token": "</s>"}):
+        (folder / "special_tokens_map.json").write_text(json.dumps(said))
+        config = read_config(folder)
+        assert (config.pad_id, config.bos_id, config.eos_id) == (1, 0, 2)
+    tokens_BN = torch.tensor([[0, 9, 8, 10, 2]])
+    theirs = transformers.BertModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        wanted = theirs(tokens_BN).last_hidden_state
+        found = load_encoder(folder)(tokens_BN)
+    assert (found - wanted).abs().max() <= 1e-4
+
+
 @pytest.mark.parametrize("pad", [0, 3])
 def test_padding_rows_stand_before_a_bert_s_positions(pad: int, tmp_path: Path) -> None:
     folder = make_family(tmp_path / "a", "bert", positions=20, pad_token_id=pad, tokenizer=None)
@@ -224,6 +244,18 @@ def test_a_head_that_is_not_all_there_is_refused(tmp_path: Path) -> None:
         load_model(folder)
     assert told.value.got == "no cls.predictions.bias; no cls.predictions.transform.dense.weight"
     assert told.value.wanted.startswith("the 42 tensors of a BERT with a masked-LM head")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_as_it_is(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = make_family(tmp_path / "a", "bert", tokenizer=None)
+    stored = {name: tensor.to(dtype) for name, tensor in tensors_of(folder).items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    convert(folder, tmp_path / "b", need_tokenizer=False)
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "b").values()} == {dtype}
+    said = json.loads((tmp_path / "b" / "config.json").read_text())["dtype"]
+    assert f"torch.{said}" == str(dtype)
+    assert load_model(tmp_path / "b").lm_head.bias.dtype == torch.float32
 
 
 def test_what_is_left_out_is_named_and_buffers_are_not(tmp_path: Path) -> None:

@@ -369,6 +369,27 @@ def test_flops_are_those_that_torch_counts(window: int | None) -> None:
     assert ours * tokens / 3 == pytest.approx(counter.get_total_flops(), rel=1e-12)
 
 
+@pytest.mark.parametrize("weights_train", [True, False])
+def test_flops_of_the_backward_are_those_that_torch_counts(weights_train: bool) -> None:
+    """A layer and its head by torch's own autograd; attention over all keys."""
+    hidden, wide, vocab, tokens = 8, 24, 50, 16
+    shapes = [(hidden, hidden)] * 4 + [(hidden, wide), (wide, hidden)]
+    shapes += [(hidden, hidden), (hidden, vocab)]  # the head's
+    counter = FlopCounterMode(display=False)
+    with counter:
+        for shape in shapes:
+            weight = torch.randn(shape, requires_grad=weights_train)
+            (torch.randn(tokens, shape[0], requires_grad=True) @ weight).sum().backward()
+        for _ in range(2):
+            left = torch.randn(tokens, hidden, requires_grad=True)
+            (left @ torch.randn(hidden, tokens, requires_grad=True)).sum().backward()
+    ours = train_flops_per_token(
+        hidden_size=hidden, intermediate_size=wide, vocab_size=vocab, attention_window=[None],
+        max_tokens=tokens, masked_share=1.0, weights_train=weights_train,
+    )  # fmt: skip
+    assert ours * tokens == pytest.approx(counter.get_total_flops(), rel=1e-12)
+
+
 def test_flops_of_the_published_base_model_are_near_six_per_parameter() -> None:
     ours = train_flops_per_token(
         hidden_size=768, intermediate_size=3072, vocab_size=50265, attention_window=[512] * 12,

@@ -25,6 +25,7 @@ from fairseq.optim import build_optimizer
 from fairseq.optim.lr_scheduler import build_lr_scheduler
 
 from longpretrain.config import BatchConfig, Config, DataConfig, OptimConfig, ScheduleConfig
+from longpretrain.convert.source import open_source
 from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.model import LongformerForMaskedLM, ModelConfig, load_model, save_model
@@ -321,6 +322,10 @@ def test_new_positions_only(shards: Path, model_folder: Path, tmp_path: Path) ->
     assert not torch.equal(trained[table][42:], before[table][42:])
     (state,) = run.checkpoint["last_optimizer_state"]["state"].values()
     assert state["exp_avg"].shape == (24, 32)
+    # Global projections stood still beside local ones that did: they stay the model's own.
+    out = open_source(tmp_path / "run" / "checkpoint_last.pt")
+    assert out.config.learnt_positions == 0
+    assert not [name for name, t in out.weights().items() if not torch.equal(t, trained[name])]
 
 
 BAD = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from longpretrain.convert.card_use import use
-from longpretrain.convert.read import RECORD_NAME
+from longpretrain.convert.read import RECORD_NAME, STATE_NAME
 from longpretrain.convert.source import Source
 from longpretrain.convert.verify import VerifyReport
 from longpretrain.data.manifest import Manifest
@@ -173,7 +174,8 @@ def _without_folders(tree: Any) -> Any:
 
 def _score_sections(folder: Path, state: Mapping[str, Any]) -> Iterator[str]:
     """The run's own journal up to the checkpoint, if the checkpoint still lies in its run."""
-    journal = folder.resolve().parent.parent / "metrics.jsonl"
+    run = folder.resolve().parent.parent
+    journal = run / "metrics.jsonl"
     if "step" not in state or not journal.is_file():
         return
     lines = [line for line in _json_lines(journal) if line.get("step", 0) <= state["step"]]
@@ -184,9 +186,33 @@ def _score_sections(folder: Path, state: Mapping[str, Any]) -> Iterator[str]:
         for kind, chosen in (("training batch", train), ("held-out data", scores))
         for line in chosen
     ]
+    rows += [
+        (str(state["step"]), f"`longpretrain evaluate`, {tokens} tokens", nats, bits)
+        for tokens, nats, bits in _evaluated(run, folder)
+    ]
     if rows:
         header = ("update", "scored on", "nats per masked token", "bits per masked token")
         yield "## Scores\n\n" + _table(header, rows)
+
+
+def _evaluated(run: Path, folder: Path) -> Iterator[tuple[object, str, str]]:
+    """Tokens, nats and bits of the run's evaluation, if it is one of this checkpoint: made since,
+    while this is the newest.
+    """
+    path, latest = run / "evaluation.json", run / "checkpoints" / "latest"
+    if not path.is_file() or not latest.is_file():
+        return
+    is_newest = latest.read_text(encoding="utf-8", errors="replace").strip() == folder.name
+    if not is_newest or path.stat().st_mtime < (folder / STATE_NAME).stat().st_mtime:
+        return
+    try:
+        results = read_json_object(path).get("results")
+    except InputError:
+        return
+    for result in results if isinstance(results, list) else ():
+        bits = _at(result, "bits")
+        if isinstance(bits, float):
+            yield _at(result, "max_tokens"), _number(bits * math.log(2)), _number(bits)
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -214,7 +240,8 @@ def _check_section(report: VerifyReport | None, unchecked: str, library: str) ->
 
 def _table(header: tuple[str, ...], rows: Any) -> str:
     ruler = tuple("---" for _ in header)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ruler, *rows))
+    told = ([str(cell).replace("|", "\\|") for cell in row] for row in rows)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ruler, *told))
 
 
 def _source_section(source: Source) -> str:

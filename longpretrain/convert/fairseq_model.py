@@ -49,6 +49,8 @@ class FairseqModel:
     """The folder that such a training started from; its tokenizer and its sizes are the model's."""
     global_tokens: str | None
     """Which tokens were global in such a training."""
+    train_only: str = "all"
+    """What it trained, as in recipes."""
     notes: tuple[str, ...]
     """What of the file was left out, in words."""
 
@@ -197,6 +199,7 @@ def _from_plugin(checkpoint: Checkpoint) -> FairseqModel:
     return FairseqModel(
         config=config, tensors=found, is_plugin=True, model_path=model_path,
         global_tokens=policy, notes=_notes([], options),
+        train_only=str(checkpoint.task_options.get("train_only", "all")),
     )  # fmt: skip
 
 

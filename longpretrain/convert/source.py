@@ -138,7 +138,7 @@ class Source(ABC):
         """The tokenizer: the one that was given, else the source's own.
 
         Raises:
-            InputError: it has more ids than the model has word embeddings.
+            InputError: it has more ids than the model has word embeddings, or another padding.
         """
         if self._tokenizer is not None or not self.has_tokenizer:
             return self._tokenizer
@@ -150,6 +150,14 @@ class Source(ABC):
                 got=f"{tokenizer.vocab_size} ids",
                 wanted=f"at most {self.config.vocab_size}, the word embeddings of the model",
                 way_out="Put the tokenizer's files there that the model was trained with.",
+            )
+        if tokenizer.pad_id != self.config.pad_id:
+            raise InputError(
+                f"tokenizer of {self.path}" if own else f"tokenizer {self._given}",
+                got=f"id {tokenizer.pad_id} for padding",
+                wanted=f"{self.config.pad_id}, pad_token_id of the model: positions depend on it",
+                way_out="Give the tokenizer that the model was trained with, or set pad_token_id "
+                "in config.json right.",
             )
         self._tokenizer = tokenizer
         return tokenizer
@@ -211,8 +219,10 @@ class FairseqSource(Source):
         super().__init__(how)
         self.path = path
         model = from_checkpoint(read_checkpoint(path))
-        self.config, self.notes, self._tensors = model.config, model.notes, model.tensors
-        self.state = {"global_tokens": model.global_tokens} if model.is_plugin else {}
+        self.config = dataclasses.replace(model.config, learnt_positions=0)  # as of a training
+        self.state, self.notes, self._tensors = {}, model.notes, model.tensors
+        if model.is_plugin:
+            self.state = {"global_tokens": model.global_tokens, "train_only": model.train_only}
         self.model_path, self._is_plugin = model.model_path, model.is_plugin
         self._dictionary = path.parent / DICTIONARY_NAME
         if how.with_tokenizer and not model.is_plugin:

@@ -6,12 +6,21 @@ import contextlib
 import importlib.util
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from longpretrain.convert.shown import shown
+
+# What its code raises where a folder is not as it likes it; none of it is ours to mend.
+_FAILURES = (
+    RuntimeError, AssertionError, ValueError, LookupError, TypeError, AttributeError, OSError,
+    ImportError,
+)  # fmt: skip
+_SHOWN = 100
 
 
 def why_no_transformers() -> str | None:
@@ -33,13 +42,13 @@ class TheirModel:
 
     Attributes:
         kind: the name of its class.
-        problems: what it did not find, or found too much, in words; empty: nothing.
+        problems: what it did not find, or found too much, in words.
     """
 
-    def __init__(self, model: Any, problems: Mapping[str, list[str]]) -> None:
+    def __init__(self, model: Any, problems: Sequence[str]) -> None:
         self._model = model.eval()
         self.kind = type(model).__name__
-        self.problems = {kind: names for kind, names in problems.items() if names}
+        self.problems = problems
 
     @property
     def ties(self) -> tuple[bool, bool]:
@@ -60,14 +69,14 @@ class TheirModel:
         try:
             with torch.no_grad(), _quiet():
                 found = self._model(tokens_BN, **inputs)
-        except (RuntimeError, AssertionError, IndexError) as error:
-            return f"transformers fails: {' '.join(str(error).split())[:60]}"
+        except _FAILURES as error:
+            return _told(error)
         out: Tensor = found.logits if hasattr(found, "logits") else found.last_hidden_state
         return out
 
 
-def load(folder: Path, *, masked_lm: bool, is_known: Callable[[str], bool]) -> TheirModel:
-    """The model of a folder.
+def load(folder: Path, *, masked_lm: bool, is_known: Callable[[str], bool]) -> TheirModel | str:
+    """The model of a folder, or what transformers says where it fails.
 
     Args:
         folder: as transformers loads it.
@@ -77,14 +86,19 @@ def load(folder: Path, *, masked_lm: bool, is_known: Callable[[str], bool]) -> T
     import transformers
 
     auto = transformers.AutoModelForMaskedLM if masked_lm else transformers.AutoModel
-    with _quiet():
-        model, info = auto.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
-        )
-    problems = {
-        kind: sorted(str(name) for name in found if not is_known(str(name)))
+    try:
+        with _quiet():
+            model, info = auto.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
+            )
+    except _FAILURES as error:
+        return _told(error)
+    problems = [
+        f"{kind} {name}"
         for kind, found in info.items()
-    }
+        for name in sorted(map(str, found))
+        if not is_known(name)
+    ]
     return TheirModel(model, problems)
 
 
@@ -105,19 +119,26 @@ def build(tree: Mapping[str, Any], tensors: Mapping[str, Tensor], *, masked_lm: 
         own = {name: tensor.float() for name, tensor in tensors.items()}
         found = model.load_state_dict(own, strict=False)
         model.tie_weights()
-    return TheirModel(model, {"unexpected_keys": sorted(found.unexpected_keys)})
+    return TheirModel(model, [f"unexpected_keys {name}" for name in found.unexpected_keys])
+
+
+def load_tokenizer(folder: Path) -> TheirTokenizer | str:
+    """The tokenizer of a folder, or what transformers says where it fails."""
+    import transformers
+
+    try:
+        with _quiet():
+            loaded = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except _FAILURES as error:
+        return _told(error)
+    return TheirTokenizer(loaded)
 
 
 class TheirTokenizer:
-    """The tokenizer that transformers makes of a folder."""
+    """A tokenizer of transformers."""
 
-    def __init__(self, folder: Path) -> None:
-        import transformers
-
-        with _quiet():
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True
-            )
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of a text, on request between those of beginning and end."""
@@ -133,6 +154,10 @@ class TheirTokenizer:
         """Id of a special token: bos, eos, cls, sep, pad, mask or unk."""
         number = getattr(self._tokenizer, f"{role}_token_id", None)
         return None if number is None else int(number)
+
+
+def _told(error: Exception) -> str:
+    return f"transformers fails: {shown(' '.join(str(error).split()), _SHOWN)}"
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from longpretrain.convert.verify_report import (
 from longpretrain.convert.verify_side import Side, open_side
 from longpretrain.convert.verify_theirs import check_with_transformers
 from longpretrain.errors import InputError
+from longpretrain.model.listing import listed
 
 __all__ = [
     "LOGIT_LIMIT",
@@ -73,4 +74,4 @@ def _check_one(side: Side) -> VerifyReport:
 def _notes(side: Side) -> Iterator[str]:
     yield from side.source.notes
     if side.left_out:
-        yield f"left out, no part of the model: {', '.join(side.left_out)}"
+        yield f"left out, no part of the model: {listed(side.left_out, ', ')}"

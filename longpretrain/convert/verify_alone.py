@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longpretrain.convert.read import RECORD_NAME
+from longpretrain.convert.shown import shown
 from longpretrain.convert.verify_ids import check_ids
 from longpretrain.convert.verify_positions import repeats
 from longpretrain.convert.verify_report import TensorRow, VerifyRow
@@ -93,7 +94,7 @@ def _check_numbers(side: Side) -> Iterator[VerifyRow]:
     )  # fmt: skip
     counts = Counter(_name(stored.tensor.dtype) for stored in side.stored)
     named = side.tree.get("dtype") or side.tree.get("torch_dtype")
-    named = named if isinstance(named, str) else None
+    named = shown(named) if isinstance(named, str) else None
     most = counts.most_common(1)[0][0] if counts else None
     odd = [s.name for s in side.stored if _name(s.tensor.dtype) != most]
     got = ", ".join(counts) + (f" ({listed(odd, ', ')})" if odd else "")
@@ -227,7 +228,7 @@ def _check_record(side: Side) -> Iterator[VerifyRow]:
     config = side.config
     found = {"positions": config.max_tokens, "attention_window": list(config.attention_window)}
     different = [f"{key} {value}" for key, value in found.items() if side.record.get(key) != value]
-    wanted = ", ".join(f"{key} {side.record.get(key)}" for key in found)
+    wanted = shown(", ".join(f"{key} {side.record.get(key)}" for key in found))
     yield VerifyRow(
         check="length and windows of the conversion", got=", ".join(different) or "as converted",
         limit=f"{wanted} ({RECORD_NAME})", ok=not different,

@@ -42,7 +42,7 @@ def check_ids(side: Side) -> Iterator[VerifyRow]:
 
 def differing(one: Mapping[str, int], other: Mapping[str, int]) -> list[str]:
     """Tokens that do not have the same id in both, in words."""
-    names = [*one, *(name for name in other if name not in one)]
+    names = sorted(one.keys() | other.keys(), key=lambda name: (one.get(name, -1), name))
     return [
         f"{printable(name, 20)!r} is {one.get(name, 'none')} and {other.get(name, 'none')}"
         for name in names

@@ -76,7 +76,7 @@ def lengthened(
     for init in inits:
         wanted_PC = lengthen_positions(
             old_PC, positions=count, kept=kept, init=init, deviation=deviation,
-            seed=record.get("seed") or 0,
+            seed=seed if isinstance(seed := record.get("seed"), int) else 0,
         ).to(new_PC.dtype)  # fmt: skip
         if torch.equal(wanted_PC, new_PC):
             told = _TOLD[init] if count > learnt or init == "interpolate" else _SHORTER

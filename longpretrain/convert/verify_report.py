@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from longpretrain.convert.shown import shown
+
 LOGIT_LIMIT = 1e-4
 """Largest absolute difference of an output, fp32: above rounding at base size, below any slip."""
 
@@ -102,4 +104,4 @@ def failing(tensors: tuple[TensorRow, ...]) -> Iterator[VerifyRow]:
     """A check for every tensor that is wrong."""
     for row in tensors:
         if not row.ok:
-            yield VerifyRow(check=row.name, got=row.origin, limit=row.limit, ok=False)
+            yield VerifyRow(check=shown(row.name), got=row.origin, limit=row.limit, ok=False)

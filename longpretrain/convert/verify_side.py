@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from longpretrain.convert.read import RECORD_NAME, has_tokenizer
+from longpretrain.convert.shown import shown
 from longpretrain.convert.source import Source, open_source
 from longpretrain.data.tokenizer import Tokenizer, load_tokenizer
 from longpretrain.errors import InputError
@@ -34,6 +36,7 @@ from longpretrain.model.weights import (
 
 WORDS = "longformer.embeddings.word_embeddings.weight"
 TYPES = "longformer.embeddings.token_type_embeddings.weight"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +198,8 @@ def _problem(
         return "no part of the model", "no such tensor"
     if tuple(tensor.shape) != shapes[first]:
         return f"shape {tuple(tensor.shape)}", f"{shapes[first]} (config.json)"
-    if not tensor.is_floating_point():
-        return f"numbers of {tensor.dtype}", "a floating-point type"
+    if tensor.dtype not in _DTYPES:
+        return f"numbers of {tensor.dtype}", "floating-point numbers of 16 bits or more"
     if name in TIED and not are_twins(tensors.get(first, tensor), tensor):
         return f"unlike {first}", "tied to it: the same numbers"
     return "", ""
@@ -209,7 +212,7 @@ def _tokenizer(folder: Path, config: ModelConfig) -> tuple[Tokenizer | None, str
     try:
         tokenizer = load_tokenizer(folder)
     except InputError as error:
-        return None, f"{error.what}: {error.got}"
+        return None, shown(f"{error.what}: {error.got}")
     if tokenizer.vocab_size > config.vocab_size:
         return None, f"{tokenizer.vocab_size} ids, {config.vocab_size} word embeddings"
     return tokenizer, ""

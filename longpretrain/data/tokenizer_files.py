@@ -262,7 +262,7 @@ def read_tree(folder: Path) -> dict[str, Any] | None:
     vocab = word_piece.read_vocab(folder / word_piece.VOCAB)
     added = _added_tokens(folder)
     beyond = {number: entry for number, entry in added.items() if entry["content"] not in vocab}
-    return word_piece.tree_of(vocab, beyond, known_roles(folder, vocab), settings)
+    return word_piece.tree_of(folder, vocab, beyond, known_roles(folder, vocab), settings)
 
 
 def _added_tokens(folder: Path) -> dict[int, dict[str, Any]]:

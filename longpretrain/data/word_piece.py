@@ -18,10 +18,12 @@ _ODD_FILES = ("bpe.codes",)  # of tokenizers that have another vocab.txt
 # Classes that tokenize as BERT's and the model types whose class is one of them.
 _CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer")
 _MODEL_TYPES = ("bert", "distilbert", "electra", "mobilebert")
+_NEEDED = {"unk": "[UNK]", "bos": "[CLS]", "eos": "[SEP]"}
 
 
 def class_of(settings: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
-    """The tokenizer class that transformers takes, without "Fast"; None: nothing names one.
+    """The tokenizer class that transformers takes, without "Fast", or the model type that it goes
+    by; None: nothing is named.
 
     Args:
         settings: tokenizer_config.json.
@@ -31,7 +33,7 @@ def class_of(settings: Mapping[str, Any], config: Mapping[str, Any]) -> str | No
     if named:
         return str(named).removesuffix("Fast")
     kind = config.get("model_type")
-    return _CLASSES[0] if kind in _MODEL_TYPES else kind and f"that of {kind}"
+    return _CLASSES[0] if kind in _MODEL_TYPES else kind
 
 
 def as_set(
@@ -63,13 +65,14 @@ def need_berts(folder: Path, settings: Mapping[str, Any], config: Mapping[str, A
     if odd or (kind is not None and kind not in _CLASSES):
         raise InputError(
             f"tokenizer {folder}",
-            got=f"vocab.txt beside {odd[0]}" if odd else f"vocab.txt for the tokenizer {kind}",
+            got=f"vocab.txt beside {odd[0]}" if odd else f"vocab.txt for {kind}",
             wanted=f"BERT's WordPiece ({', '.join(_CLASSES)}), or a tokenizer.json",
             way_out="Name another with --tokenizer, whose ids are the model's.",
         )
 
 
 def tree_of(
+    folder: Path,
     vocab: Mapping[str, int],
     added: Mapping[int, Mapping[str, Any]],
     roles: Mapping[str, str],
@@ -78,21 +81,27 @@ def tree_of(
     """The tokenizer.json that transformers makes of a vocab.txt.
 
     Args:
+        folder: where it is.
         vocab: token -> id.
         added: id -> entry of a token beyond vocab.txt.
         settings: tokenizer_config.json.
         roles: role -> special token, of those in the vocabulary.
 
     Raises:
-        ValueError: there is nothing for unknown words, to begin or to end a text with, or the
+        InputError: there is nothing for unknown words, to begin or to end a text with, or the
             added tokens do not go on where the vocabulary ends.
     """
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-    missing = [role for role in ("unk", "bos", "eos") if role not in roles]
+    missing = [name for role, name in _NEEDED.items() if role not in roles]
     if missing:
-        raise ValueError(f"no {' nor '.join(missing)} token in vocab.txt of {len(vocab)} lines")
+        raise InputError(
+            f"tokenizer {folder}",
+            got=f"no {' nor '.join(missing)} in vocab.txt of {len(vocab)} lines",
+            wanted=f"{', '.join(_NEEDED.values())}, or what tokenizer_config.json has for them",
+            way_out="The file is damaged, or of another tokenizer: get it from where it came.",
+        )
     whole = tokenizers.Tokenizer(models.WordPiece(dict(vocab), unk_token=roles["unk"]))
     whole.normalizer = normalizers.BertNormalizer(clean_text=True, **_normalizer(settings))
     whole.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -109,7 +118,13 @@ def tree_of(
     for number, entry in sorted(added.items()):
         whole.add_tokens([tokenizers.AddedToken(**entry)])
         if whole.token_to_id(entry["content"]) != number:
-            raise ValueError(f"added token {entry['content']!r} cannot have the id {number}")
+            raise InputError(
+                f"tokenizer {folder}",
+                got=f"added token {entry['content']!r} with id {number}",
+                wanted=f"{len(vocab)} and on, the ids after vocab.txt, none left out",
+                way_out="Load it in transformers and save_pretrained() it: that writes "
+                "tokenizer.json.",
+            )
     return dict(json.loads(whole.to_str()))
 
 

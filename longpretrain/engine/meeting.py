@@ -24,7 +24,7 @@ from typing import NoReturn, Protocol
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from longpretrain.engine.process_watch import place, runs
-from longpretrain.errors import InputError
+from longpretrain.errors import InputError, RankLostError
 from longpretrain.ranks import Ranks
 
 JOIN_TIMEOUT = "LONGPRETRAIN_JOIN_TIMEOUT_S"
@@ -35,6 +35,8 @@ _LONGEST_TIMEOUT_S = 86_400.0
 _FAREWELL_S = 5.0
 """How long rank 0 keeps the store up after a refusal, so that the others learn why; and how long
 another rank 0 looks for it."""
+_MEETING = "the meeting of the ranks"
+"""What a rank says it does, for people."""
 _LOOK_S = 0.5
 """Between two looks of rank 0 for ranks of its machine that ended."""
 
@@ -48,9 +50,15 @@ class Watch(Protocol):
     def begin(self, invitation: str) -> None:
         """Starts to watch over this rank."""
 
+    def mark(self, what: str) -> None:
+        """This rank goes on: says what it does next."""
+
     @property
     def is_up(self) -> bool:
         """Whether it does, as far as it ever will."""
+
+    def dismiss(self) -> None:
+        """Watches no more: every rank tells by itself that they do not fit together."""
 
 
 def meet(ranks: Ranks, is_stopped: Callable[[], bool], watch: Watch | None = None) -> Store:
@@ -63,12 +71,35 @@ def meet(ranks: Ranks, is_stopped: Callable[[], bool], watch: Watch | None = Non
 
     Raises:
         InputError: a rank number twice, world sizes that differ, or a rank that did not come.
+        RankLostError: a rank that came and ended.
         RuntimeError: rank 0 left, and ``watch`` is up, which can say why.
         KeyboardInterrupt: ``is_stopped``.
     """
-    wait = _Wait(is_stopped, join_timeout_s())
-    store = _open(ranks, wait)
-    room = _room(store)
+
+    def is_asked() -> bool:
+        if watch:
+            watch.mark(_MEETING)  # for as long as it takes, nobody stands still
+        return is_stopped()
+
+    if watch:
+        watch.mark(_MEETING)
+    wait = _Wait(is_asked, join_timeout_s())
+    try:
+        store = _open(ranks, wait)
+        verdict = _verdict(_room(store), ranks, wait, watch)
+        if verdict:
+            raise _from_text(verdict)
+    except InputError:
+        if watch:
+            watch.dismiss()
+        raise
+    if watch:
+        watch.mark("the start of the process group")
+    return store
+
+
+def _verdict(room: Store, ranks: Ranks, wait: _Wait, watch: Watch | None) -> str:
+    """What speaks against these ranks; "" if nothing does."""
     try:
         objection = _sign(room, ranks, wait, watch)
         if ranks.is_first:
@@ -81,18 +112,16 @@ def meet(ranks: Ranks, is_stopped: Callable[[], bool], watch: Watch | None = Non
             verdict = objection or room.get("verdict").decode()
             if not objection:
                 room.add("left", 1)
+        return verdict
     except RuntimeError as error:  # torch's errors of a store: its host went away
         if watch and watch.is_up:
             raise
-        raise InputError(
+        raise RankLostError(
             "rank 0",
             got=f"it left while ranks met ({error})",
             wanted="all ranks to stay",
             way_out="Its own output says why.",
         ) from error
-    if verdict:
-        raise _from_text(verdict)
-    return store
 
 
 def join_timeout_s() -> float:
@@ -284,7 +313,7 @@ class _Absent:
         self._look_at = 0.0
 
     def look(self) -> None:
-        """Raises InputError for the first that it finds."""
+        """Raises RankLostError for the first that it finds, unless that has told its reason."""
         now = time.monotonic()
         if now < self._look_at:
             return
@@ -295,8 +324,9 @@ class _Absent:
             if signature["place"] == place():
                 self._here[rank] = signature
         for rank, signature in self._here.items():
-            if not runs(int(str(signature["pid"]))):
-                raise InputError(
+            is_gone = not runs(int(str(signature["pid"])))
+            if is_gone and not self._room.check(["objection"]):
+                raise RankLostError(
                     f"rank {rank}",
                     got=f"its end ({_who(signature)}) while ranks met",
                     wanted="all ranks to stay",
@@ -341,11 +371,10 @@ def _nobody(ranks: Ranks) -> InputError:
 
 def _to_text(error: InputError) -> str:
     parts = {"what": error.what, "got": error.got, "wanted": error.wanted, "way_out": error.way_out}
-    return json.dumps(parts)
+    return json.dumps({**parts, "is_lost": isinstance(error, RankLostError)})
 
 
 def _from_text(text: str) -> InputError:
     parts = json.loads(text)
-    return InputError(
-        parts["what"], got=parts["got"], wanted=parts["wanted"], way_out=parts["way_out"]
-    )
+    kind = RankLostError if parts["is_lost"] else InputError
+    return kind(parts["what"], got=parts["got"], wanted=parts["wanted"], way_out=parts["way_out"])

@@ -77,6 +77,7 @@ class Sentinel:
         self._here: dict[int, tuple[int, Watched]] = {}
         self._known = {self._rank}
         self._run: Message = {}
+        self._is_watched = False
         self._has_ended = False
         self._told_error = False
         self._is_told = False
@@ -217,7 +218,10 @@ class Sentinel:
         for message in messages:
             if "beat" in message:
                 self._run = self._run or message["run"]
-            elif "roster" in message:
+            elif "roster" in message:  # the first one is the answer to "hello"
+                if not self._is_watched:
+                    self._is_watched = True
+                    self._parent.send({"watched": 0})
                 self._meet(message["roster"])
             elif "dump" in message:
                 self._dump()

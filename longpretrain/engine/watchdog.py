@@ -50,7 +50,8 @@ _COLLECTIVE_WORDS = ("gloo", "nccl", "connection", "socket", "broken pipe", "sto
 class Watchdog:
     """Watches over this rank, with those of the other ranks; a context manager.
 
-    The process group must be up: entering it is a collective.
+    It begins where the ranks meet (meeting.py), before they form a process group. In a process
+    whose group is up from an earlier run, entering it is a collective, and it begins there.
 
     Args:
         ranks: this process's place.
@@ -62,28 +63,49 @@ class Watchdog:
         self._marks = Marks()
         self._told = ""
         self._is_through = False
-        self._heard = threading.Event()
+        self._listener: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._up, self._heard = threading.Event(), threading.Event()
 
     def __enter__(self) -> Watchdog:
+        if dist.is_initialized():
+            shared = [self.invite() if self._ranks.is_first else ""]
+            dist.broadcast_object_list(shared, src=0)
+            self.begin(shared[0])
+        return self
+
+    def invite(self) -> str:
+        """On rank 0: listens for the sentinels of all ranks, and says what they must know."""
+        self._listener = _listener()
+        port = self._listener.getsockname()[1]
+        return json.dumps({"port": port, "token": secrets.token_hex(16)})
+
+    def begin(self, invitation: str) -> None:
+        """Starts the sentinel beside this rank."""
         stacks = os.memfd_create("longpretrain-stacks")
         # It stays registered: a signal on its way would end the process otherwise.
         faulthandler.register(DUMP_SIGNAL, file=stacks, all_threads=True)
-        listener = _listener() if self._ranks.is_first else None
-        facts = self._facts(stacks, listener)
-        shared: list[Any] = [None]
-        if listener:
-            shared = [(listener.getsockname()[1], secrets.token_hex(16))]
-        dist.broadcast_object_list(shared, src=0)
-        port, token = shared[0]
-        facts["hub"] = ["127.0.0.1" if listener else self._ranks.master_addr, port]
-        self._process = self._start(facts, token)
-        if listener:
-            listener.close()
-        assert self._process.stdin and self._process.stdout
-        self._line = Lines(self._process.stdout.fileno(), self._process.stdin.fileno())
-        self._thread = threading.Thread(target=self._listen, name="watchdog", daemon=True)
+        found = json.loads(invitation)
+        facts = self._facts(stacks)
+        here = "127.0.0.1" if self._listener else self._ranks.master_addr
+        facts["hub"] = [here, found["port"]]
+        self._process = process = self._start(facts, found["token"])
+        self._close_listener()
+        assert process.stdin and process.stdout
+        self._line = Lines(process.stdout.fileno(), process.stdin.fileno())
+        self._thread = threading.Thread(
+            target=self._listen, args=(process,), name="watchdog", daemon=True
+        )
         self._thread.start()
-        return self
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the sentinel has reached rank 0's, or gave up."""
+        return self._up.is_set()
+
+    def dismiss(self) -> None:
+        """Watches no more, whatever leaves the block."""
+        self._take_leave()
 
     def __exit__(
         self,
@@ -91,6 +113,8 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._is_through:
+            return
         if error is not None:
             self._tell(error)
         if error is None or self._ranks.world_size == 1:
@@ -134,7 +158,7 @@ class Watchdog:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def _facts(self, stacks: int, listener: socket.socket | None) -> dict[str, Any]:
+    def _facts(self, stacks: int) -> dict[str, Any]:
         facts: dict[str, Any] = {
             "rank": self._ranks.rank,
             "pid": os.getpid(),
@@ -142,26 +166,29 @@ class Watchdog:
             "marks": self._marks.descriptor,
             "stacks": stacks,
         }
-        if listener:
-            facts["listener"] = listener.fileno()
+        if self._listener:
+            facts["listener"] = self._listener.fileno()
             facts["world_size"] = self._ranks.world_size
             facts["hung_after_s"] = self._settings.hung_after_s
         return facts
 
     def _tell(self, error: BaseException) -> None:
-        if self._told or self._ranks.world_size == 1:
+        if self._told or self._ranks.world_size == 1 or self._process is None:
             return
         self._told = "broken" if _is_of_a_collective(error) else "failed"
-        detail = " ".join(f"{type(error).__name__}: {error}".split())[:2000]
+        detail = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")[:2000]
         self._line.send({"told": self._told, "detail": detail})
         if self._told == "broken":
             self._heard.wait(_VERDICT_S)
 
-    def _listen(self) -> None:
+    def _listen(self, process: subprocess.Popen[bytes]) -> None:
         """In a thread: it runs while the main thread waits in a collective."""
         while (messages := self._line.receive()) is not None:
             for message in messages:
-                if "unwatched" in message:
+                if "watched" in message:
+                    self._up.set()
+                elif "unwatched" in message:
+                    self._up.set()
                     print(
                         f"watchdog of rank {self._ranks.rank}: no answer of rank 0's at "
                         f"{message['unwatched']}; a rank that dies may go unnoticed",
@@ -175,10 +202,10 @@ class Watchdog:
                     self._leave(message["verdict"], message["blamed"])
         if not self._is_through:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(1.0)
+                process.wait(1.0)
             self._leave(
-                f"the watchdog of rank {self._ranks.rank} (process {self._process.pid} on "
-                f"{socket.gethostname()}) ended (exit code {self._process.returncode})"
+                f"the watchdog of rank {self._ranks.rank} (process {process.pid} on "
+                f"{socket.gethostname()}) ended (exit code {process.returncode})"
             )
 
     def _leave(self, verdict: str, blamed: int | None = None) -> None:
@@ -197,18 +224,26 @@ class Watchdog:
 
     def _take_leave(self) -> None:
         self._is_through = True
-        self._line.send({"bye": 0})
-        try:
-            self._process.wait(_FAREWELL_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._thread.join()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        self._close_listener()
+        if self._process:
+            self._line.send({"bye": 0})
+            try:
+                self._process.wait(_FAREWELL_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._thread.join()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
         self._marks.close()
+
+    def _close_listener(self) -> None:
+        """The sentinel has it; this process does not need it any more."""
+        if self._listener:
+            self._listener.close()
+            self._listener = None
 
 
 def patience(settings: WatchdogConfig) -> timedelta:

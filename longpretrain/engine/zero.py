@@ -32,7 +32,7 @@ from torch import nn
 from longpretrain.config import Config
 from longpretrain.engine.adam import make_adam
 from longpretrain.engine.loss_scale import LossScale
-from longpretrain.engine.meeting import meet
+from longpretrain.engine.meeting import Watch, meet
 from longpretrain.engine.uncompiled import uncompiled
 from longpretrain.engine.zero_config import read_zero_config, settings_of_recipe
 from longpretrain.errors import InputError
@@ -60,13 +60,16 @@ def start_ranks(
     is_stopped: Callable[[], bool] = lambda: False,
     *,
     timeout: timedelta = _NO_TIMEOUT,
+    watch: Watch | None = None,
 ) -> None:
     """Joins the process group (gloo on CPUs, nccl on GPUs); also for a run of one rank.
 
     ``timeout`` ends a collective that does not: above the watchdog's, whose verdict names the rank.
+    ``watch`` is that watchdog; it is up before the group is formed.
 
     Raises:
         InputError: ranks that do not fit together, or that did not come.
+        RuntimeError: the group could not be formed, or rank 0 left before it was.
         KeyboardInterrupt: ``is_stopped`` (a signal asked to stop) before all ranks were there.
     """
     local_rank = device.index if device.type == "cuda" else ranks.local_rank
@@ -80,8 +83,8 @@ def start_ranks(
     # rank where there is no compiler. gloo alone does the job.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store = None if torch.distributed.is_initialized() else meet(ranks, is_stopped)
-    # Until the watchdog is there, only this timeout notices a rank that is gone.
+    store = None if torch.distributed.is_initialized() else meet(ranks, is_stopped, watch)
+    # The watchdog tells a rank that is gone; this timeout, a network that lets ranks meet only.
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=_JOIN_TIMEOUT
     )

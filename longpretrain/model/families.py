@@ -33,6 +33,12 @@ _BERT_HEAD = {
 }
 # Files made of TensorFlow's BERT have TensorFlow's names.
 _OLD_ENDINGS = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
+# Key of config.json -> its role in a tokenizer's files, and names that such a token usually has.
+_ROLES = {
+    "pad_token_id": ("pad_token", ("[PAD]", "<pad>")),
+    "bos_token_id": ("cls_token", ("[CLS]", "<s>")),
+    "eos_token_id": ("sep_token", ("[SEP]", "</s>")),
+}
 # Buffers that some versions of transformers stored: no weights, and never missed.
 _NO_WEIGHTS = re.compile(r"longformer\.embeddings\.(position_ids|token_type_ids)")
 # Heads of other tasks, and the pooler that goes with them.
@@ -89,21 +95,24 @@ class Family:
                 return theirs + name.removeprefix(ours)
         return name
 
-    def special_ids(self, folder: Path) -> Mapping[str, int]:
-        """Ids of the first and the last token of a sequence, where `config.json` does not say them.
+    def special_ids(self, folder: Path, tree: Mapping[str, Any]) -> Mapping[str, int]:
+        """Keys of `config.json` that the tokenizer's files say better, where they say them.
 
-        BERT's never does: its tokenizer's [CLS] and [SEP] are meant.
+        BERT's `config.json` names neither the first nor the last token of a sequence. And its
+        positions do not look at padding, ours do: there a wrong `pad_token_id` goes unnoticed, as
+        multilingual MiniLM's, 0, which is <s> in its vocabulary of XLM-RoBERTa.
         """
-        if self.model_type != "bert":
+        if self.has_padding_rows:
             return {}
         ids = _vocabulary(folder)
-        names = {"bos_token_id": ("cls_token", "[CLS]"), "eos_token_id": ("sep_token", "[SEP]")}
         said = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
         found = {}
-        for key, (role, usual) in names.items():
-            token = said.get(role, usual)
+        for key, (role, usual) in _ROLES.items():
+            token = said.get(role)
             token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str) and isinstance(number := ids.get(token), int):
+            names = (token,) if isinstance(token, str) else usual
+            number = next((ids[name] for name in names if name in ids), None)
+            if isinstance(number, int) and (key == "pad_token_id" or tree.get(key) is None):
                 found[key] = number
         return found
 

@@ -92,10 +92,10 @@ def read_config(folder: Path | str) -> ModelConfig:
                 way_out="Such a model computes something else and is not read.",
             )  # fmt: skip
     fields: dict[str, Any] = {"model_type": family.becomes}
-    defaults = {**family.defaults, **family.special_ids(folder)}
+    tree |= family.special_ids(folder, tree)
     for key, (name, usual) in _KEYS.items():
         number = tree.get(key)
-        default = defaults.get(key, usual)
+        default = family.defaults.get(key, usual)
         fields[name] = _number(path, key, default if number is None else number, name in _REALS)
     if not family.has_padding_rows:
         fields["max_position_embeddings"] += fields["pad_id"] + 1

@@ -81,8 +81,11 @@ def train_flops_per_token(
     attention_window: Sequence[int | None],
     max_tokens: int,
     masked_share: float = 0.15,
+    weights_train: bool = True,
 ) -> float:
     """Model FLOPs of one update per token: the forward pass and twice as much for the backward.
+
+    Products with weights that stand still have no second part in the backward.
 
     Counts multiply-adds of matrix products as 2, as PaLM does (Chowdhery et al. 2022, appendix B).
     Recomputation (activation checkpointing, attention's backward) is not counted, and the
@@ -95,13 +98,13 @@ def train_flops_per_token(
         attention_window: total window, one per layer; None for a layer with full attention.
         max_tokens: tokens of a sequence, which bound the keys of a query.
         masked_share: share of the tokens that the head sees.
+        weights_train: whether the weight matrices train, and not the embeddings alone.
     """
     linear = 4 * hidden_size**2 + 2 * hidden_size * intermediate_size
     head = masked_share * (hidden_size**2 + hidden_size * vocab_size)
-    multiply_adds = head
-    for window in attention_window:
-        multiply_adds += linear + 2 * hidden_size * _keys_per_query(window, max_tokens)
-    return 3 * 2 * multiply_adds
+    with_weights = head + linear * len(attention_window)
+    keys = sum(_keys_per_query(window, max_tokens) for window in attention_window)
+    return 2 * ((3 if weights_train else 2) * with_weights + 3 * 2 * hidden_size * keys)
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
