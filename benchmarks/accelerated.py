@@ -1,6 +1,6 @@
 """A Longformer of transformers as it is, and after ``longpretrain.accelerate``: time and memory.
 
-    python benchmarks/accelerated.py [--layers 12] [--seconds 60] [--out FILE]
+    python benchmarks/accelerated.py [--layers 12] [--seconds 60] [--threads N] [--out FILE]
 
 The layers are those of the base size (768 channels, 12 heads, window 512); there is no head and the
 vocabulary is small, as neither attends. (Not accelerate.py: on Python's path that would be
@@ -95,7 +95,8 @@ def largest_difference(models: dict[str, nn.Module], row: Row) -> float:
 
 def peak_gb(layers: int, name: str, row: Row) -> float:
     """In a process of its own."""
-    words = ["--layers", str(layers), "--peak", name, json.dumps(row)]
+    words = ["--layers", str(layers), "--threads", str(torch.get_num_threads())]
+    words += ["--peak", name, json.dumps(row)]
     command = [sys.executable, __file__, *words]
     found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return float(found.stdout)
@@ -127,7 +128,8 @@ def table(layers: int, seconds: float) -> list[str]:
             Case(name, partial(run, model, row), partial(model.zero_grad, set_to_none=True))
             for name, model in models.items()
         ]
-        timings = take_samples(cases, Pace(seconds=seconds))
+        alone = torch.get_num_threads() == 1
+        timings = take_samples(cases, Pace(seconds=seconds, one_thread=alone))
         plain, ours = (timings[name].median_s for name in models)
         noisy = " (disturbed)" if any(timing.is_disturbed for timing in timings.values()) else ""
         peaks = [f"{peak_gb(layers, name, row):.2f} GB" for name in models]
@@ -148,8 +150,8 @@ def report(layers: int, seconds: float) -> str:
     head = [
         f"# longpretrain.accelerate, {datetime.now(UTC):%Y-%m-%d}",
         "",
-        f"`python benchmarks/accelerated.py --layers {layers} --seconds {seconds:g}`, fp32, "
-        f"batch 1, {layers} of the base size's 12 layers, a small vocabulary and no head.",
+        f"`python benchmarks/accelerated.py --layers {layers} --seconds {seconds:g} --threads "
+        f"{torch.get_num_threads()}`, fp32, batch 1, {layers} of the base size's 12 layers, a small vocabulary and no head.",
         "",
         f"{machine['cpu']}, {machine['cores']} cores, {torch.get_num_threads()} threads, load "
         f"{load} at the start; {shown}; kernels {facts['used']}, {facts['compiler']}.",
@@ -164,9 +166,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=60, help="of each line, at least")
+    parser.add_argument("--threads", type=int, help="1: processor time, which load does not touch")
     parser.add_argument("--out", type=Path, help="a file for the page; none: on stdout")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if options.peak:
         name, row = options.peak
         print(measure_peak(options.layers, name, Row(*json.loads(row))))

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -156,14 +156,13 @@ def measure(verb: str, form: str, source: Path, words: Sequence[str]) -> Peak:
     )  # fmt: skip
 
 
-def measure_all(model: Model, place: Path, chosen: Sequence[str], *, check: bool) -> list[Peak]:
+def measure_all(model: Model, place: Path, chosen: Sequence[str], *, check: bool) -> Iterator[Peak]:
     """Convert of every form, then export of what the first of them became."""
-    peaks = []
     for form in chosen:
         source, target = FORMS[form](model, place / "source"), place / "long"
         words = ["convert", str(source), str(target), "--positions", "4096"]
         words += ["--no-tokenizer"] if source.is_dir() else []
-        peaks.append(measure("convert", form, source, words))
+        yield measure("convert", form, source, words)
         shutil.rmtree(place / "source")
         if form == chosen[0]:
             target.rename(place / "exported from")
@@ -175,21 +174,16 @@ def measure_all(model: Model, place: Path, chosen: Sequence[str], *, check: bool
     options |= {"export": []} if check else {}
     for verb, more in options.items():
         words = ["export", str(source), str(place / "out"), *more]
-        peaks.append(measure(verb, "safetensors", source, words))
+        yield measure(verb, "safetensors", source, words)
         shutil.rmtree(place / "out")
-    return peaks
 
 
-def table(peaks: Sequence[Peak]) -> str:
-    """Markdown."""
-    lines = ["| verb | form | checkpoint | peak | of the checkpoint | seconds |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
-    lines += [
+def row(peak: Peak) -> str:
+    """Of the table, in Markdown."""
+    return (
         f"| {peak.verb} | {peak.form} | {peak.checkpoint_bytes / 1e6:,.0f} MB "
         f"| {peak.peak_bytes / 1e6:,.0f} MB | {peak.ratio:.2f} | {peak.seconds:.0f} |"
-        for peak in peaks
-    ]
-    return "\n".join(lines)
+    )
 
 
 def main() -> int:
@@ -209,8 +203,12 @@ def main() -> int:
     print(f"{count / 1e6:.0f} million parameters, fp32; limit {LIMIT} for convert\n")
     with tempfile.TemporaryDirectory(prefix="longpretrain-memory-") as place:
         chosen = options.only or list(FORMS)
-        peaks = measure_all(model, Path(place), chosen, check=not options.no_check)
-    print(table(peaks))
+        print("| verb | form | checkpoint | peak | of the checkpoint | seconds |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        peaks = []
+        for peak in measure_all(model, Path(place), chosen, check=not options.no_check):
+            print(row(peak), flush=True)
+            peaks.append(peak)
     if options.json:
         tree = {"machine": describe_machine(), "versions": versions()}
         tree["peaks"] = [asdict(peak) for peak in peaks]

@@ -45,10 +45,12 @@ _log = logging.getLogger(__name__)
 def accelerate(model: Model, *, backend: str = "auto") -> Model:
     """Has a Longformer of transformers attend with ``sliding_attention``: same outputs, less time.
 
-    The model is changed in place. In training the dropout of attention draws other numbers than
-    theirs, from seeds that torch's generator gives: ``torch.manual_seed`` repeats them. A call that
-    asks for attention probabilities (``output_attentions=True``) or passes a head mask runs on
-    their attention, which is announced once.
+    The model is changed in place. A call that asks for attention probabilities
+    (``output_attentions=True``) or passes a head mask runs on their attention, which is announced
+    once. In training, dropout draws other numbers than theirs: that of attention from seeds that
+    torch's generator gives, all other dropout without the tokens that LongformerModel adds to fill
+    a window; ``torch.manual_seed`` repeats both. ``torch.compile`` works. ``torch.jit.trace`` and
+    its like do not: ``longpretrain export --format onnx`` makes an ONNX file.
 
     Args:
         model: any model around Longformer layers, such as LongformerForMaskedLM. Calling it again

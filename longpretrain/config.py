@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -337,40 +338,27 @@ def _check(config: Config) -> None:
         )
 
 
+_POSITIVE = (
+    "data.max_tokens", "batch.global_sequences", "batch.micro_sequences", "schedule.total_steps",
+    "log.every_steps", "optim.eps", "optim.max_skipped", "watchdog.dead_after_s", "schedule.power",
+)  # fmt: skip
+_AT_LEAST_ZERO = (
+    "run.seed", "model.learnt_positions", "data.loader_workers", "optim.lr", "optim.weight_decay",
+    "optim.clip_norm", "schedule.warmup_steps", "checkpoint.every_steps",
+    "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.keep_every_steps",
+    "watchdog.hung_after_s", "evaluate.every_steps", "evaluate.batches",
+)  # fmt: skip
+
+
 def _check_signs(config: Config) -> None:
-    positive = {
-        "data.max_tokens": config.data.max_tokens,
-        "batch.global_sequences": config.batch.global_sequences,
-        "batch.micro_sequences": config.batch.micro_sequences,
-        "schedule.total_steps": config.schedule.total_steps,
-        "log.every_steps": config.log.every_steps,
-        "optim.eps": config.optim.eps,
-        "optim.max_skipped": config.optim.max_skipped,
-        "watchdog.dead_after_s": config.watchdog.dead_after_s,
-        "schedule.power": config.schedule.power,
-    }
-    for key, value in positive.items():
+    for key in _POSITIVE:
+        value = attrgetter(key)(config)
         if value <= 0:
             raise InputError(
                 f"recipe key {key}", got=value, wanted="more than 0", way_out=f"Set {key}."
             )
-    at_least_zero = {
-        "run.seed": config.run.seed,
-        "model.learnt_positions": config.model.learnt_positions,
-        "data.loader_workers": config.data.loader_workers,
-        "optim.lr": config.optim.lr,
-        "optim.weight_decay": config.optim.weight_decay,
-        "optim.clip_norm": config.optim.clip_norm,
-        "schedule.warmup_steps": config.schedule.warmup_steps,
-        "checkpoint.every_steps": config.checkpoint.every_steps,
-        "checkpoint.every_minutes": config.checkpoint.every_minutes,
-        "checkpoint.keep": config.checkpoint.keep,
-        "checkpoint.keep_every_steps": config.checkpoint.keep_every_steps,
-        "watchdog.hung_after_s": config.watchdog.hung_after_s,
-        "evaluate.every_steps": config.evaluate.every_steps,
-        "evaluate.batches": config.evaluate.batches,
-    }
-    for key, value in at_least_zero.items():
+    for key in _AT_LEAST_ZERO:
+        value = attrgetter(key)(config)
         if value < 0 or value == float("inf"):
             raise InputError(
                 f"recipe key {key}", got=value, wanted="0 or more", way_out=f"Set {key}."

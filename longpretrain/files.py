@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from longpretrain.errors import InputError
 PROBE = ".longpretrain-probe-"
 _SHOWN = 40
 """Characters of a name that its temporary name shows: file systems take 255 bytes."""
+_HEX = "[0-9a-f]" * 32
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -33,6 +35,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             part.replace(path)
         sync(path.parent)
     finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def remove_parts(path: Path) -> None:
+    """Removes what a kill in the middle of ``write_atomically`` left beside a file. Only for who is
+    the only one to write it.
+    """
+    for part in path.parent.glob(f".{glob.escape(path.name[:_SHOWN])}.{_HEX}.part"):
         with contextlib.suppress(OSError):
             part.unlink()
 

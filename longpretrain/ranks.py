@@ -9,6 +9,7 @@ nesting counts, or the one that LONGPRETRAIN_LAUNCHER names; anything else is re
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 import subprocess
@@ -322,7 +323,7 @@ def _from_mpi(env: Mapping[str, str]) -> Ranks:
             wanted=f"the mpirun of {world.vendor}, which mpi4py has loaded",
             way_out="Use .venv/bin/mpirun, or name the libmpi.so of your mpirun in MPI4PY_LIBMPI.",
         )
-    address = "127.0.0.1" if world.is_one_host else socket.gethostbyname(socket.gethostname())
+    address = "127.0.0.1" if world.is_one_host else address_for_others()
     meeting = (env.get("MASTER_ADDR") or address, _number(env, "MASTER_PORT", free_port()))
     meeting = mpi.from_rank_0(meeting)
     return Ranks(
@@ -333,6 +334,18 @@ def _from_mpi(env: Mapping[str, str]) -> Ranks:
         master_addr=meeting[0],
         master_port=meeting[1],
     )
+
+
+def address_for_others() -> str:
+    """What other hosts may call this one. By many a hosts file it resolves its own name to itself
+    (127.0.1.1); there the others are given the name, for which they have their own answer.
+    """
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        return name
+    return name if ipaddress.ip_address(address).is_loopback else address
 
 
 def _rank(env: Mapping[str, str], name: str, world_size: int) -> int:

@@ -158,8 +158,9 @@ def _counted(
         if not crashed:
             return seen, ""
     if seen.restarts >= most:
+        count = f"{seen.restarts} restart{'s' * (seen.restarts != 1)}"
         return seen, (
-            f"{seen.restarts} restarts brought no new checkpoint after that of step {step}, and "
+            f"{count} brought no new checkpoint after that of step {step}, and "
             f"{MOST_RESTARTS} is {most}; see {run_dir / names.STATUS}, and submit it again"
         )
     return replace(seen, restarts=seen.restarts + 1), ""

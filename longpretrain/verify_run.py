@@ -36,7 +36,7 @@ class RunReport:
 
     def tree(self, run_dir: Path) -> dict[str, Any]:
         """All of it as plain data, in the form that a model's report has."""
-        parts = [(ok, *line.partition(": ")[::2]) for ok, line in self.checks]
+        parts = [(ok, *line.partition(": ")[::2]) for ok, line in self.checks[1:]]
         return {
             "ok": self.ok,
             "a": str(run_dir),
@@ -148,6 +148,10 @@ def _metrics(run_dir: Path) -> list[tuple[bool, str]]:
         lines = read_metrics(path)
     except (InputError, OSError) as error:
         return [(False, f"{path.name}: DAMAGED: {error}")]
+    zeros = path.read_bytes().rpartition(b"\n")[2].count(0)
+    if zeros:  # half a line there is no damage: the next start leaves it out
+        told = f"{zeros} zero bytes at its end, as a power cut leaves; the next start cuts them off"
+        return [(False, f"{path.name}: DAMAGED: {told}")]
     kinds = Counter(line["kind"] for line in lines)
     last = max((line["step"] for line in lines if line["kind"] == "train"), default=0)
     counts = ", ".join(f"{kinds[kind]} of {kind}" for kind in ("train", "evaluation", "event"))

@@ -80,3 +80,13 @@ def make_roberta(folder: Path, *, positions: int = 64, seed: int = 1) -> None:
     torch.manual_seed(seed)
     save_model(LongformerForMaskedLM(config), folder)
     tokenizer.save(folder, config.max_tokens)
+
+
+def tiny_longformer() -> LongformerForMaskedLM:
+    """64 words and 16 positions, of which 8 are learnt, behind two position rows of padding."""
+    config = ModelConfig(
+        vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32,
+        max_position_embeddings=18, attention_window=(4, 4), learnt_positions=8,
+        hidden_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    return LongformerForMaskedLM(config)

@@ -52,6 +52,26 @@ def test_a_line_is_ok_only_if_all_its_tests_passed() -> None:
         assert keys_of_page(f"# Head\n\nWords.\n\n{markdown([record])}") == [key]
 
 
+def test_figures_of_several_tests_are_a_range() -> None:
+    proofs = [
+        proof("x", reported={"difference": "2e-06", "kept": "yes"}),
+        proof("y", reported={"difference": "1e-05", "kept": "yes"}),
+        proof("z", reported={"difference": "3e-07", "kept": "no"}),
+    ]
+    (line,) = lines([Record("5.23.0", proofs)])
+    assert line.cells == ["ok: difference 3e-07 to 1e-05, kept yes, no"]
+
+
+def test_families_have_a_section_each() -> None:
+    families = ("XLM-RoBERTa", "BERT (no head)", "RoBERTa", "BERT, real", "BERT")
+    proofs = [Proof(f"tests/test_a.py::{f}", f, "A -> B", "bits") for f in families]
+    text = markdown([Record("5.23.0", proofs)])
+    heads = [line for line in text.splitlines() if line.startswith("#")]
+    assert heads == ["## BERT", "## RoBERTa", "## XLM-RoBERTa"]
+    assert keys_of_page(text) == keys(proofs)
+    assert [key.family for key in keys(proofs)][:3] == ["BERT", "BERT (no head)", "BERT, real"]
+
+
 def test_a_test_that_one_version_lacks_is_not_run_there() -> None:
     first, second = Record("5.23.0", [proof("x"), proof("y")]), Record("4.57.1", [proof("x")])
     assert lines([first, second])[0].cells == ["ok", "**not run** (1 of 2)"]

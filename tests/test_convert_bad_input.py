@@ -81,6 +81,34 @@ def test_a_family_s_model_that_computes_something_else(
     refused(capsys, folder, tmp_path / "long", within=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("num_hidden_layers", 10**9, "got 1000000000; wanted at most 1,000."),
+        ("num_hidden_layers", 1000, "no longformer.encoder.layer.[2-999].output.dense.bias;"),
+        ("hidden_size", 10**18, "got 1000000000000000000; wanted at most 1,048,576."),
+        ("hidden_size", 1 << 20, "not (1048576,)"),
+        ("vocab_size", 10**30, "wanted at most 2,147,483,648."),
+        ("max_position_embeddings", 10**12, "wanted at most"),
+        ("intermediate_size", 2**31, "not (2147483648, 32)"),
+        ("num_attention_heads", 10**9, "wanted at most"),
+        ("num_attention_heads", 0, "num_heads"),
+        ("pad_token_id", -(10**20), "wanted at most"),
+        ("pad_token_id", -1, "pad_id"),
+        ("layer_norm_eps", float("nan"), "got nan; wanted at most"),
+        ("hidden_dropout_prob", 10**4000, "... wanted at most"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sizes_that_would_fill_the_memory(
+    key: str, value: Any, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_family(tmp_path / "short", "longformer", attention_window=8)
+    edit_config(folder, **{key: value})
+    line = refused(capsys, folder, tmp_path / "long", within=tmp_path)
+    assert told in line.replace("...;", "...")
+
+
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "minilm"])
 def test_all_tensors_that_do_not_fit_are_named(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -140,6 +140,24 @@ def test_a_converted_model_keeps_every_other_tensor(source: Path, tmp_path: Path
     assert "tokenizer: none, as asked" in text
 
 
+def test_it_says_how_many_positions_are_learnt(source: Path, tmp_path: Path) -> None:
+    """Those of the source that fit; of one that was lengthened itself, and not trained since, those
+    of its source; of a checkpoint all; of interpolated rows none is known.
+    """
+
+    def learnt(origin: Path, positions: int, init: Any = "copy") -> int:
+        target = tmp_path / f"{origin.name}-{positions}-{init}"
+        convert(origin, target, positions=positions, attention_window=8, init=init)
+        return read_config(target).learnt_positions
+
+    assert [learnt(source, 100), learnt(source, 100, "random"), learnt(source, 20)] == [32, 32, 20]
+    assert learnt(source, 100, "interpolate") == 0
+    again = tmp_path / "roberta-100-copy"
+    assert [learnt(again, 200), learnt(again, 16)] == [32, 16]
+    (again / "state.json").write_text(json.dumps({"global_tokens": "none"}))
+    assert learnt(again, 201) == 100
+
+
 def test_with_a_covering_window_logits_are_the_source_s(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "long", positions=100, attention_window=64)
     theirs = transformers.RobertaForMaskedLM.from_pretrained(source).eval()

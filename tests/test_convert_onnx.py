@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from conversions.titles import TITLES
 from family_models import FAMILIES, make_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -155,11 +156,11 @@ def test_any_length_masks_and_windows(
 
 
 @pytest.mark.conversion(
-    family="{family}", direction="HF -> ONNX",
+    family="{title}", direction="HF -> ONNX",
     checked="outputs within 1e-4 of transformers' at 1, 2, 63, 64 tokens and with padding",
 )  # fmt: skip
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(("family", "title"), TITLES.items(), ids=TITLES)
+def test_every_family(tmp_path: Path, family: str, title: str) -> None:
     of = FAMILIES[family]
     make_family(tmp_path / "source", family)
     report = export(tmp_path / "source", tmp_path / "onnx", format="onnx")

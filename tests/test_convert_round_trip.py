@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conversions.titles import TITLES
 from fairseq.models.roberta import RobertaModel
 from fairseq_files import batch, make_dictionary, roberta_order, save, theirs
 from family_models import FAMILIES, make_family
@@ -23,10 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 OF_THE_WAY = {"conversion.json", "README.md"}
 """Files that tell where a folder came from."""
-TITLES = {
-    "roberta": "RoBERTa", "distilroberta": "DistilRoBERTa", "camembert": "CamemBERT",
-    "xlm-roberta": "XLM-RoBERTa", "bert": "BERT", "minilm": "MiniLM", "longformer": "Longformer",
-}  # fmt: skip
 FAMILY = [pytest.param(name, TITLES[name], id=name) for name in FAMILIES]
 LONG = ModelConfig(
     vocab_size=50265, hidden_size=8, num_layers=2, num_heads=2, intermediate_size=12,

@@ -11,6 +11,7 @@ from typing import Any
 import planted
 import pytest
 import torch
+from conversions.titles import TITLES as FAMILY_TITLES
 from family_models import FAMILIES, make_family
 from planted import POSITIONS
 from safetensors.torch import load_file
@@ -23,11 +24,7 @@ from longpretrain.convert.lengthen import Init
 from longpretrain.files import sha256
 from longpretrain.model import read_config, read_tensors, save_model
 
-TITLES = {
-    "roberta": "RoBERTa", "distilroberta": "DistilRoBERTa", "camembert": "CamemBERT",
-    "xlm-roberta": "XLM-RoBERTa", "bert": "BERT", "minilm": "MiniLM (no head)",
-    "longformer": "Longformer",
-}  # fmt: skip
+TITLES = FAMILY_TITLES | {"minilm": "MiniLM (no head)"}
 MADE = "the second is a model of {} tokens made from the first"
 
 
@@ -85,6 +82,12 @@ def test_every_kind_of_bert(kind: Any, tmp_path: Path) -> None:
     assert (left_out.get(kind, "left out") in " ".join(report.notes)) == (kind in left_out)
     convert(short, tmp_path / "b", positions=100, attention_window=16)
     good(verify(short, tmp_path / "b"))
+    if kind in ("bare", "classifier"):
+        convert(short, tmp_path / "c", positions=100, attention_window=16, new_head=True)
+        good(verify(tmp_path / "c"))
+        found = origins(good(verify(short, tmp_path / "c")))
+        assert found["only in the new model: the other has no masked-LM head"] == 5
+        assert found["only in the source: a pooler, no part of a masked-LM model"] == 2
 
 
 @pytest.mark.parametrize("init", ["copy", "random", "interpolate"])
@@ -110,6 +113,8 @@ def test_every_initialisation_and_length(init: Init, positions: int, tmp_path: P
     (row,) = (r for r in good(verify(short, tmp_path / "b")).tensors if r.name == POSITIONS)
     if init == "random" and not fewer:
         told = f"64 learnt rows, {positions - 64} random ones or trained since"
+        assert row.origin.startswith(f"position rows: {told}; at most ")
+        return
     elif positions == 64:
         told = "the first 64 of 64 learnt rows"  # interpolated to its own length: itself
     assert row.origin == f"position rows: {told}"
@@ -146,7 +151,10 @@ def test_rows_that_trained_since(tmp_path: Path) -> None:
         good(verify(path))
         (row,) = (r for r in good(verify(short, path)).tensors if r.name == POSITIONS)
         wanted = f"64 learnt rows, {end - 64} random ones or trained since{told}"
-        assert row.origin == f"position rows: {wanted}"
+        assert row.origin.startswith(f"position rows: {wanted}; at most ")
+        assert row.origin.endswith("e-03 from copies")  # a hundredth of numbers of up to 0.8
+        (row,) = (r for r in verify(tmp_path / "b", path).tensors if not r.ok)
+        assert row.origin.endswith(f": {end - 64} rows, from 66 to {end + 1}")
     for first, end in ((64, 66), (80, 160), (0, 1), (63, 160), (0, 160)):
         assert POSITIONS in failed(verify(short, trained(first, end))), (first, end)
 

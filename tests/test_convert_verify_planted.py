@@ -124,14 +124,14 @@ def test_beside_its_source_a_tensor_tells_what_it_is(
 
     origin, limit = told(planted.swapped_tensors, QUERY)
     assert (origin[:10], limit) == ("differs by", "equal bit for bit")
-    assert origin.endswith(f"it is the first's {QUERY_0}")
-    assert told(planted.rounded_tensor, DENSE)[0].endswith("the second is rounded to float16")
+    assert origin.endswith(f"it is the source's {QUERY_0}")
+    assert told(planted.rounded_tensor, DENSE)[0].endswith("the new model is rounded to float16")
     assert told(planted.transposed, DENSE)[0].endswith("the one is the other transposed")
     assert " in 1 of 1,024 numbers" in told(planted.flipped_bit, DENSE)[0]
     origin, limit = told(planted.tiles_off_by_one, POSITIONS)
     assert "160 of 160 rows are wrong, shifted by -1: row 2 is the source's 1, not 2" in origin
     assert limit == "64 learnt rows copied end to end over 160, after the 2 of padding"
-    assert told(planted.missing_tensor, DENSE) == ("only in the first", "in both")
+    assert told(planted.missing_tensor, DENSE) == ("only in the source", "in both")
     limit = "a copy of the source's local projection"
     assert told(planted.global_no_copy, GLOBAL)[1] == limit
 

@@ -95,6 +95,15 @@ def test_trained_global_projections_stay(tmp_path: Path) -> None:
     assert all(trained[name].equal(left[name]) for name in trained)
 
 
+def test_global_projections_stay_beside_local_ones_that_did_not_train(tmp_path: Path) -> None:
+    checkpoint = make_run(tmp_path / "run", train_only="new_positions")
+    export(checkpoint, tmp_path / "out")
+    trained, left = read_tensors(checkpoint), read_tensors(tmp_path / "out")
+    assert all(trained[name].equal(left[name]) for name in trained)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| what trained | the position rows beyond the learnt ones, nothing else |" in card
+
+
 def test_the_card_says_what_was_found_and_no_more(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     export(tmp_path / "run", tmp_path / "out")

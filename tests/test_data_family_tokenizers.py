@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conversions.titles import TITLES
 from family_models import FAMILIES, HARD_TEXT, make_family, write_tokenizer
 from family_tokenizers import (
     FORMS,
@@ -25,17 +26,16 @@ from family_tokenizers import (
 from longpretrain.convert.lengthen import convert
 from longpretrain.data import load_tokenizer, tokenizer_files
 from longpretrain.data.sentence_piece import SentencePieceTokenizer
+from longpretrain.prepare import prepare
+from longpretrain.recipe import load_recipe
+from longpretrain.tasks.masked_lm import MaskedLMTask
 
-NAMES = {
-    "roberta": "RoBERTa", "distilroberta": "DistilRoBERTa", "camembert": "CamemBERT",
-    "xlm-roberta": "XLM-RoBERTa", "bert": "BERT", "minilm": "MiniLM", "longformer": "Longformer",
-}  # fmt: skip
 proves = {
     family: pytest.mark.conversion(
         family=name, direction="tokenizer -> Longformer",
         checked="ids, special ids and length as transformers' own, on hard text",
     )
-    for family, name in NAMES.items()
+    for family, name in TITLES.items()
 }  # fmt: skip
 
 
@@ -152,3 +152,27 @@ def test_a_folder_keeps_its_vocabulary_for_other_tools(tmp_path: Path) -> None:
         saved = save_as_longformer(load_tokenizer(tmp_path / family), tmp_path / f"{family} saved")
         found = {path.name for path in saved.iterdir()} & {*tokenizer_files.ALL}
         assert found - {"special_tokens_map.json"} == {*names, "tokenizer.json"}
+
+
+@pytest.mark.parametrize("family", ["bert", "camembert", "xlm-roberta"])
+def test_training_masks_real_tokens_of_the_family(
+    tmp_path: Path, small_run: Path, family: str
+) -> None:
+    """BERT pads with 0, not 1; CamemBERT begins a text with 5, not 0: as the model has it."""
+    model, corpus = tmp_path / "long", tmp_path / "corpus"
+    convert(make_family(tmp_path / "short", family), model, positions=128, attention_window=8)
+    prepare([small_run / "text" / "train"], corpus, tokenizer_folder=model)
+    changes = [f"model.path={model}", f"data.train={corpus}"]
+    task = MaskedLMTask(load_recipe(str(small_run / "recipe.yaml"), changes), model)
+    tokenizer, sample = load_tokenizer(tmp_path / "short"), task.sample(3)
+    assert task.tokenizer.fingerprint == tokenizer.fingerprint
+    whole = sample.tokens_N.copy()
+    assert whole[0] == tokenizer.bos_id == (4 if family == "bert" else tokenizer.vocab["<s>"])
+    assert (whole[sample.positions_M] == tokenizer.mask_id).sum() > 5
+    assert not np.isin(sample.targets_M, sorted(tokenizer.special_ids - {tokenizer.unk_id})).any()
+    whole[sample.positions_M] = sample.targets_M
+    end = whole[1:].tolist().index(tokenizer.eos_id)
+    words = tokenizer.decode(whole[1 : 1 + end]).split()[1:-1]  # a block may cut the outer ones
+    assert len(words) > 10
+    files = sorted((small_run / "text" / "train").glob("*.txt"))
+    assert any(" ".join(words) in path.read_text() for path in files)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from ranks_helper import ROOT
 from small_disk import fill, small_disk
 from told import check_form, disk, exit_code
 
@@ -151,6 +156,44 @@ def test_file_systems_without_locks_are_told_of_once(
         assert capsys.readouterr().out == told
 
 
+# A real kill, between the bytes and the name.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from longpretrain.files import write_atomically
+
+def die(event, values):
+    if event == "os.rename":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(die)
+write_atomically(Path(sys.argv[1]), "half a")
+"""
+
+
+def test_what_a_killed_write_left_is_no_strangers_and_goes(tmp_path: Path) -> None:
+    """Also where it was the first of a run. What others may just be writing stays."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for name in ("config.yaml", "attempts.json", "status.json", "report.html"):
+        if name == "status.json":
+            run_folder.check_run_dir(config(run_dir), fresh=False)
+            open_run(config(run_dir), fresh=False)
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, str(run_dir / name)], check=False, cwd=ROOT
+        )
+        assert killed.returncode == -signal.SIGKILL
+        assert len(list(run_dir.glob(f".{name}.*.part"))) == 1
+    open_run(config(run_dir), fresh=False)
+    left = [path.name for path in run_dir.iterdir()]
+    assert sorted(re.sub("[0-9a-f]{32}", "HEX", name) for name in left) == [
+        ".attempts.json.HEX.part",
+        ".lock",
+        ".report.html.HEX.part",
+        "config.yaml",
+    ]
+
+
 def test_other_errors_of_a_lock_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -228,7 +271,6 @@ def test_any_seed_seeds_dropout(seed: int) -> None:
 
 def test_second_interrupt_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
-    import signal
 
     monkeypatch.setattr(signals, "ECHO_S", 0.0)
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:

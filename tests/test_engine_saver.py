@@ -417,6 +417,12 @@ def test_a_disk_that_stays_full_fails_the_run_and_keeps_the_last_whole_one(
         assert told["reason"].startswith("checkpoint of step 8: got no space left on device: ")
         assert candidates.look(run_dir).folder == run_dir / "checkpoints" / "step-000002"
         assert names(run_dir) == ["latest", "step-000002"]
+        failed = [
+            line["checkpoint_failed"]
+            for line in read_metrics(run_dir / "metrics.jsonl")
+            if "checkpoint_failed" in line
+        ]
+        assert failed == ["step-000004", "step-000006", "step-000008"], "each once"
         resize(100)
         assert exit_code("train", recipe, f"run.dir={run_dir}") == 0
         same(run_dir, whole)

@@ -186,8 +186,9 @@ def test_the_type_of_the_source_is_kept_and_may_be_widened(tmp_path: Path) -> No
     assert all(tensor.equal(half[name].float()) for name, tensor in whole.items())
     assert {tensor.dtype for tensor in again.values()} == {torch.float16}
     card = (tmp_path / "whole" / "README.md").read_text()
-    assert "rounded to fp32 from fp16" in card
-    assert "of them became 0" not in card
+    assert "* stored in fp32, with the numbers of fp16\n" in card
+    assert "rounded" not in card.partition("## Checks")[0]
+    assert "move by" not in card
 
 
 def test_without_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

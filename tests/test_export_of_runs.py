@@ -91,7 +91,7 @@ def test_the_card_tells_the_recipe_the_data_the_losses_and_the_sources(
     facts = [
         "| updates | 2 of 2 |", "| sequences seen | 8 |", "| sequences per update | 4 |",
         "| learning rate, at its peak | 0.001 |", "| precision | fp32 |",
-        "| tokens per sequence, at most | 128 |", "| what was trained | all |",
+        "| tokens per sequence, at most | 128 |",
         f"| fingerprint of the corpus | `{corpus.fingerprint}` |",
         f"| train data | {corpus.documents:,} documents, {corpus.tokens:,} tokens, ",
         f"| 2 | training batch | {last['loss']:.4f} |",

@@ -9,6 +9,7 @@ import pytest
 from faults.corruptions import Corruptions
 from faults.kills import BEGINS, ENDS, PLAIN, SAVE, Chains, Kill, make_plan
 from faults.nursery import Nursery
+from faults.starts import Starts
 from faults.steps import Steps
 from faults.table import Row, markdown
 from ranks_helper import ROOT, rank_environment
@@ -48,8 +49,15 @@ def test_damaged_checkpoints_are_found(small_run: Path, tmp_path: Path, nursery:
 def test_a_save_that_dies_or_is_refused_midway(
     small_run: Path, tmp_path: Path, nursery: Nursery
 ) -> None:
-    steps = Steps(tmp_path, small_run / "recipe.yaml", nursery)
-    check(steps.kills(at=[19], ranks=(0,)), steps.refusals(at=[14], ranks=(0,)))
+    steps = Steps(tmp_path, small_run / "recipe.yaml", nursery, steps=8)
+    check(steps.kills(at=[12], ranks=(0,)), steps.refusals(at=[9], ranks=(0,)))
+
+
+def test_a_rank_lost_while_they_start_is_named(
+    small_run: Path, tmp_path: Path, nursery: Nursery
+) -> None:
+    starts = Starts(tmp_path, small_run / "recipe.yaml", nursery)
+    check(starts.killed(["its number is known", "its watchdog starts", "they have met"]))
 
 
 def test_a_seed_makes_one_plan() -> None:

@@ -231,6 +231,11 @@ def test_weights_say_whether_there_is_a_head_whatever_config_json_says(
             torch.save(tensors_of(folder), path, _use_new_zipfile_serialization=zipped)
             (folder / "model.safetensors").unlink()
         assert read_config(folder).has_lm_head == (kind == "masked-lm")
+    for path in (tmp_path / "b").glob("*model*"):
+        path.write_bytes(b"damaged")
+    assert not read_config(tmp_path / "b").has_lm_head  # whoever reads the weights tells it
+    with pytest.raises(InputError, match=r"do not read|something else than tensors"):
+        read_tensors(tmp_path / "b")
     shutil.copy(tmp_path / "b" / "config.json", tmp_path)
     assert not read_config(tmp_path).has_lm_head  # no weights: config.json's word
 

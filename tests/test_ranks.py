@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
+import socket
+
 import pytest
 
 from longpretrain.errors import InputError
-from longpretrain.ranks import Ranks, discover, publish
+from longpretrain.ranks import Ranks, address_for_others, discover, publish
 
 
 def test_alone() -> None:
@@ -52,6 +55,12 @@ def test_srun_counts_only_inside_a_step() -> None:
 def test_incomplete_variables_are_refused(env: dict[str, str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         discover(env)
+
+
+def test_other_hosts_are_not_sent_to_themselves() -> None:
+    """Whatever this host's own files say of its name, which is 127.0.1.1 on a plain Debian."""
+    address = address_for_others()
+    assert address == socket.gethostname() or not ipaddress.ip_address(address).is_loopback
 
 
 @pytest.mark.parametrize("many", [{"SLURM_NTASKS": "4"}, {"SLURM_JOB_NUM_NODES": "2"}], ids=str)

@@ -134,6 +134,12 @@ class Scenarios:
         text, out = self.recipe.parent / "text" / "train", self.folder / "prepared"
         return self.script("prepare.sbatch", "-n2", "-N2", words=(text, "--out", out))
 
+    def evaluated(self, made: Future[Run]) -> str:
+        """slurm/evaluate.sbatch, of a run, as soon as that is done."""
+        valid = self.recipe.parent / "data" / "valid"
+        words = (made.result().run_dir, "--data", valid, "--max-tokens", "128")
+        return self.script("evaluate.sbatch", words=words)
+
     def script(self, name: str, *options: str, words: tuple[object, ...]) -> str:
         """Submits another script, and waits for it; returns what it printed."""
         log = self.folder / f"{name}.log"
@@ -167,18 +173,18 @@ def scenarios(
 @pytest.fixture(scope="module")
 def started(scenarios: Scenarios) -> Iterator[Started]:
     names = ("elastic", "end_of_time", "preempted", "crashing", "bad_input")
-    with ThreadPoolExecutor(len(names) + 2) as pool:
-        yield {
+    with ThreadPoolExecutor(len(names) + 3) as pool:
+        begun = {
             name: pool.submit(getattr(scenarios, name))
             for name in (*names, "in_an_allocation", "prepared")
         }
+        evaluated = pool.submit(scenarios.evaluated, begun["in_an_allocation"])
+        yield {**begun, "evaluated": evaluated}
 
 
-def test_evaluate_on_a_node(started: Started, scenarios: Scenarios, small_run: Path) -> None:
+def test_evaluate_on_a_node(started: Started) -> None:
+    assert "bits" in started["evaluated"].result()
     run = started["in_an_allocation"].result()
-    words = (run.run_dir, "--data", small_run / "data" / "valid", "--max-tokens", "128")
-    printed = scenarios.script("evaluate.sbatch", words=words)
-    assert "bits" in printed
     assert (run.run_dir / "evaluation.json").is_file()
 
 
@@ -227,7 +233,7 @@ def test_a_crash_is_not_requeued_for_ever(started: Started) -> None:
     run = started["crashing"].result()
     job = run.cluster.job(run.number)
     assert (job.state, job.restarts) == ("FAILED", 1)
-    assert "1 restarts brought no new checkpoint after that of step 0" in run.printed()
+    assert "1 restart brought no new checkpoint after that of step 0" in run.printed()
     assert run.status()["state"] != "done"
 
 

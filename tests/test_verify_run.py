@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,11 @@ METRICS = (
     '{"kind": "event", "step": 0, "event": "started"}\n'
     '{"kind": "train", "step": 1}\n{"kind": "train", "step": 2}\n'
 )
+
+
+def add(path: Path, data: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(data)
 
 
 @pytest.fixture
@@ -50,6 +56,17 @@ def test_a_whole_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert disk(run) == before, "it only reads"
 
 
+def test_as_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip(run / "checkpoints" / "step-000003" / "model.safetensors", 0)
+    assert exit_code("verify", run, "--json", "-") == 1
+    tree = json.loads(capsys.readouterr().out)
+    assert (tree["ok"], tree["a"], tree["b"], tree["tensors"]) == (False, str(run), None, [])
+    found = {row["check"]: (row["got"][:7], row["ok"]) for row in tree["checks"]}
+    assert found["step-000003"] == ("DAMAGED", False)
+    assert found["step-000006"] == ("whole, ", True)
+    assert len(found) == 5
+
+
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
@@ -63,6 +80,7 @@ def test_a_whole_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (lambda run: (run / "config.yaml").write_text("a: ["), "config.yaml: DAMAGED"),
         (lambda run: (run / "config.yaml").write_text("lr: 1"), "config.yaml: DAMAGED"),
         (lambda run: (run / "metrics.jsonl").write_text("x\n"), "metrics.jsonl: DAMAGED"),
+        (lambda run: add(run / "metrics.jsonl", bytes(4096)), "metrics.jsonl: DAMAGED: 4096 zero"),
     ],
 )
 def test_any_damage_is_told(
@@ -97,6 +115,13 @@ def test_copies_too_and_left_overs_are_no_damage(run: Path) -> None:
     assert any(line.startswith(".step-000009.0123abcd.part: of a save") for line in report.lines)
     flip(run / "checkpoints/best/config.json", 1)
     assert not verify_run(run).ok
+
+
+def test_a_line_that_a_kill_cut_short_is_no_damage(run: Path) -> None:
+    add(run / "metrics.jsonl", b'{"kind": "tra')
+    report = verify_run(run)
+    assert report.ok
+    assert "metrics.jsonl: 2 of train, 0 of evaluation, 1 of event; to step 2" in report.lines
 
 
 def test_a_run_before_its_first_checkpoint(run: Path) -> None:

@@ -19,6 +19,7 @@ from exactness.runs import tensors as all_tensors
 from exactness.table import relative_difference
 from ranks_helper import drive
 from safetensors.torch import load_file
+from small_run import tiny_longformer
 
 from longpretrain.cli import main
 from longpretrain.convert.lengthen import convert
@@ -26,7 +27,7 @@ from longpretrain.convert.source import open_source
 from longpretrain.engine import zero
 from longpretrain.engine.zero import ZeroEngine
 from longpretrain.errors import InputError
-from longpretrain.model import LongformerForMaskedLM, ModelConfig, load_model, read_config
+from longpretrain.model import load_model, read_config
 from longpretrain.model.folder import save_model
 from longpretrain.recipe import from_tree, load_recipe
 from longpretrain.schedule import update_numbers
@@ -112,12 +113,12 @@ def runs(
             run(f"stopped-{precision}-{number}", *how, stop_after=2)
             run(f"stopped-{precision}-{number}", *how)
     run("moved", *new, *NO_DROPOUT, *stage(1), stop_after=2)
-    run("none", *own, *stage(3, "bf16"))
     for number in (1, 2, 3):
         run(
             f"ids-{number}", *own, *NO_DROPOUT, *stage(number), f"model.global_tokens=ids_{rare_id}"
         )
-    run("sentence-ends", *own, *stage(3, "bf16"), "model.global_tokens=sentence_ends")
+    ends = ("model.global_tokens=sentence_ends", "schedule.total_steps=2")
+    run("sentence-ends", *own, *stage(1, "bf16"), *ends)
     finished = drive(work / "ranks", 2, commands)
     wanted = [75 if command["stop_after"] else 0 for command in commands]
     assert finished.exit_codes == wanted, finished.output[-4000:]
@@ -208,14 +209,18 @@ FIRST_LAYER = [
 
 
 class TestGlobalProjections:
-    def test_without_global_tokens_they_are_the_local_ones(self, runs: Path) -> None:
-        """At stage 3 of two ranks; in memory, and at all stages: TestInMemory."""
-        found = all_tensors(runs / "none")
+    def test_without_global_tokens_a_checkpoint_holds_the_local_ones(
+        self, small_run: Path, source: Path, tmp_path: Path, process_group: None
+    ) -> None:
+        """Trained by one rank, in this process; at every stage, in memory: TestInMemory."""
+        words = [*COMMON, f"model.path={source}", "schedule.total_steps=2", *stage(3, "bf16")]
+        assert main(["train", str(small_run / "recipe.yaml"), f"run.dir={tmp_path}", *words]) == 0
+        found = all_tensors(tmp_path)
         twins = [name for name in found if "_global." in name]
         assert len(twins) == 2 * 6, "no moments of any"
         for name in twins:
             assert torch.equal(found[name], found[name.replace("_global.", ".")]), name
-        assert "; global projections, without global tokens, are stored" in events(runs / "none")
+        assert "; global projections, without global tokens, are stored" in events(tmp_path)
 
     @pytest.mark.parametrize("number", [1, 2, 3])
     def test_ranks_without_a_global_token(
@@ -255,7 +260,7 @@ class TestInMemory:
 
     def start(self, precision: str, number: int, *, new_only: bool) -> ZeroEngine:
         torch.manual_seed(0)
-        model = tiny()
+        model = tiny_longformer()
         if new_only:
             model.train_new_positions_only()
         else:
@@ -293,15 +298,6 @@ class TestInMemory:
             assert 0 <= held - sum(trains.values()) < 64, "DeepSpeed pads by a few"
 
 
-def tiny() -> LongformerForMaskedLM:
-    config = ModelConfig(
-        vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32,
-        max_position_embeddings=18, attention_window=(4, 4), learnt_positions=8,
-        hidden_dropout=0.0, attention_dropout=0.0,
-    )  # fmt: skip
-    return LongformerForMaskedLM(config)
-
-
 def frozen_bits(engine: ZeroEngine) -> dict[str, torch.Tensor]:
     """What does not train, as it lies in memory; of stage 3 this rank's part, which is all."""
     return {
@@ -309,51 +305,6 @@ def frozen_bits(engine: ZeroEngine) -> dict[str, torch.Tensor]:
         for name, parameter in engine.module.named_parameters()
         if name not in engine.trained_names
     }
-
-
-class TestTable:
-    """The position table in two parts, to itself."""
-
-    def test_it_is_looked_up_as_one(self) -> None:
-        whole, parted = tiny(), tiny()
-        parted.load_state_dict(whole.state_dict())
-        parted.train_new_positions_only()
-        tokens_BN = torch.arange(5, 17)[None].repeat(2, 1)
-        tokens_BN[1, 9:] = 1  # padding: the second row is of learnt positions only
-        logits = [model(tokens_BN) for model in (whole, parted)]
-        assert torch.equal(*logits)
-        for found in logits:
-            found.square().sum().backward()
-        rows = whole.longformer.embeddings.position_embeddings.weight.grad[10:]
-        assert torch.equal(parted.longformer.embeddings.position_embeddings.new_rows.grad, rows)
-        assert rows.any()
-
-    def test_a_state_dict_has_one_table(self) -> None:
-        whole, parted, other = tiny(), tiny(), tiny()
-        parted.train_new_positions_only()
-        other.train_new_positions_only()
-        assert parted.state_dict().keys() == whole.state_dict().keys()
-        other.load_state_dict(whole.state_dict())
-        for name, tensor in other.state_dict().items():
-            assert torch.equal(tensor, whole.state_dict()[name]), name
-        assert other.longformer.embeddings.position_embeddings.weight.shape == (10, 16)
-        short = {**whole.state_dict(), TABLE: torch.zeros(17, 16)}
-        with pytest.raises(RuntimeError, match=r"position_embeddings\.new_rows: .*7, 16.*8, 16"):
-            other.load_state_dict(short)
-
-    def test_short_sequences_have_a_gradient_of_zeros(self) -> None:
-        """Not None, of which ranks could disagree; recomputed layers hand it through, too."""
-        for recompute_layers in (False, True):
-            model = LongformerForMaskedLM(
-                tiny().config, activation_checkpointing=recompute_layers
-            ).train()
-            model.train_new_positions_only()
-            model(torch.arange(5, 11)[None]).square().sum().backward()
-            found = model.longformer.embeddings.position_embeddings.new_rows.grad
-            assert found is not None
-            assert not found.any()
-            model(torch.arange(5, 15)[None]).square().sum().backward()
-            assert model.longformer.embeddings.position_embeddings.new_rows.grad.any()
 
 
 REFUSED = {

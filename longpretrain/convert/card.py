@@ -31,7 +31,6 @@ _ASKED = {
     "tokens per sequence, at most": ("data", "max_tokens"),
     "learning rate, at its peak": ("optim", "lr"),
     "precision": ("precision",),
-    "what was trained": ("model", "train_only"),
 }
 
 
@@ -136,6 +135,8 @@ def _training_sections(state: Mapping[str, Any]) -> Iterator[str]:
     facts |= {key: str(value) for key, value in asked.items() if value not in (None, "")}
     if "global_tokens" in state:
         facts["global tokens"] = str(state["global_tokens"])
+    if state.get("train_only", "all") != "all":
+        facts["what trained"] = "the position rows beyond the learnt ones, nothing else"
     for what, fingerprint in (state.get("task") or {}).items():
         facts[f"fingerprint of the {what}"] = f"`{fingerprint}`"
     for name, version in (state.get("versions") or {}).items():

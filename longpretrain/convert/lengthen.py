@@ -147,7 +147,7 @@ def convert(
         origin.carry_tokenizer(fresh, new.max_tokens)
         record = {**request, "files": hashes(fresh)}
         (fresh / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    notes = (*origin.notes, *_head_notes(new, state))
+    notes = (*origin.notes, *_head_notes(origin, new))
     return dataclasses.replace(report, origins=origins, notes=notes)
 
 
@@ -207,14 +207,20 @@ def _need_no_head(source: Source) -> None:
         )  # fmt: skip
 
 
-def _head_notes(new: ModelConfig, state: Mapping[str, Tensor]) -> Iterator[str]:
-    if not new.has_lm_head:
-        yield (
-            "no masked-LM head in the source: a bare LongformerModel, which --new-head would give a"
-            " new head to train"
-        )
-        if not all(name in state for name in POOLER):
-            yield "no pooler in the source: transformers draws one if it is asked for"
+def _head_notes(source: Source, new: ModelConfig) -> Iterator[str]:
+    if source.config.has_lm_head:
+        return
+    has_pooler = any(name in source.names for name in POOLER)
+    if new.has_lm_head:
+        if has_pooler:
+            yield "left out, no part of a masked-LM model: the pooler"
+        return
+    yield (
+        "no masked-LM head in the source: a bare LongformerModel, which --new-head would give a new"
+        " head to train"
+    )
+    if not has_pooler:
+        yield "no pooler in the source: transformers draws one if it is asked for"
 
 
 def _long_config(
@@ -242,7 +248,7 @@ def _long_config(
     if explicit and max(new.attention_window) > positions:
         raise InputError(
             "attention_window", got=attention_window,
-            wanted=f"at most {positions}, the positions: more is never reached",
+            wanted=f"at most {positions}, the positions of the new model",
             way_out="Give a smaller window, or more positions.",
         )  # fmt: skip
     return new
@@ -344,7 +350,8 @@ def _position_origin(old: int, new: int, kept: int, init: Init) -> str:
             "random": f"{old} learnt rows and {new - old} random ones",
             "interpolate": f"{old} learnt rows interpolated to {new}",
         }[init]
-    return f"position embeddings: {how}; rows 0 to {kept - 1} kept"
+    rows = f"rows 0 to {kept - 1}" if kept > 1 else "row 0"
+    return f"position embeddings: {how}; {rows} kept"
 
 
 def _is_done(target: Path, request: Mapping[str, Any]) -> bool:

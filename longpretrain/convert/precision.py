@@ -47,6 +47,11 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     return None if name is None else DTYPES[name]
 
 
+def is_rounded(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the type lacks numbers that the tensor's own has."""
+    return torch.promote_types(tensor.dtype, dtype) != dtype
+
+
 def need_representable(
     where: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> tuple[str, ...]:
@@ -62,6 +67,8 @@ def need_representable(
         if tensor.dtype == dtype:
             continue
         types.add(_short(tensor.dtype))
+        if not is_rounded(tensor, dtype):
+            continue
         most = max((_most_beyond(piece, dtype, loss) for piece in _pieces(tensor)), default=0.0)
         release(tensor)
         if most:
@@ -76,8 +83,10 @@ def need_representable(
             wanted=f"at most {limit:.5g} in every number",
             way_out=way_out or "Keep the type that the source has: leave --dtype out.",
         )
-    if not types or loss.numbers == 0:
+    if not types:
         return ()
+    if loss.numbers == 0:
+        return (f"stored in {_short(dtype)}, with the numbers of {' and '.join(sorted(types))}",)
     note = f"rounded to {_short(dtype)} from {' and '.join(sorted(types))}"
     if loss.small:
         tiny = torch.finfo(dtype).tiny

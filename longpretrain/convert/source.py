@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,6 +90,11 @@ class Source(ABC):
             note = f"kept as they are: {listed(found)}"
             self.notes = (*(other for other in self.notes if other != note), note)
         return tensors
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of ``tensors``."""
+        return self._stored_tensors().keys()
 
     @abstractmethod
     def _stored_tensors(self) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ def _ties(twins: list[Stored]) -> str:
 
 
 def _check_numbers(side: Side) -> Iterator[VerifyRow]:
-    bad = [s.name for s in side.stored if not torch.isfinite(s.tensor).all()]
+    bad = [s.name for s in side.stored if not s.problem and not torch.isfinite(s.tensor).all()]
     yield VerifyRow(
         check="weights finite", got=listed(bad, ", ") or f"{len(side.stored)} tensors",
         limit="no NaN or infinity", ok=not bad,
@@ -203,7 +203,7 @@ def _check_globals(side: Side) -> VerifyRow:
     what = "no copy" if odd is own else "a copy"
     mixed = bool(own and alike)
     got = f"{what}: {listed(odd, ', ')}" if mixed else "copies" if alike else "their own"
-    if not side.source.has_own_globals:
+    if own and not alike and not side.source.has_own_globals:
         got += ", which no global token trained: export makes them copies"
     return VerifyRow(
         check="global projections", got=got, limit="all copies of the local ones, or none",
@@ -213,9 +213,10 @@ def _check_globals(side: Side) -> VerifyRow:
 
 def _check_record(side: Side) -> Iterator[VerifyRow]:
     """A conversion as its record has it."""
-    files = side.record.get("files")
-    if not isinstance(files, dict):
+    if side.record is None:
         return
+    files = side.record.get("files")
+    files = files if isinstance(files, dict) else {RECORD_NAME: "names no files"}
     changed = [
         str(name)
         for name, wanted in files.items()
@@ -227,12 +228,20 @@ def _check_record(side: Side) -> Iterator[VerifyRow]:
     )  # fmt: skip
     config = side.config
     found = {"positions": config.max_tokens, "attention_window": list(config.attention_window)}
-    different = [f"{key} {value}" for key, value in found.items() if side.record.get(key) != value]
-    wanted = shown(", ".join(f"{key} {side.record.get(key)}" for key in found))
+    recorded = {key: side.record.get(key) for key in found}
+    different = [f"{key} {value}" for key, value in found.items() if recorded[key] != value]
+    wanted = ", ".join(f"{key} {_plain(value)}" for key, value in recorded.items())
     yield VerifyRow(
         check="length and windows of the conversion", got=", ".join(different) or "as converted",
         limit=f"{wanted} ({RECORD_NAME})", ok=not different,
     )  # fmt: skip
+
+
+def _plain(value: object) -> str:
+    """A number of somebody's file, or a list of them."""
+    values = value if isinstance(value, list) else [value]
+    text = ", ".join(shown(one) for one in values)
+    return f"[{text}]" if isinstance(value, list) else text
 
 
 def _name(dtype: torch.dtype) -> str:

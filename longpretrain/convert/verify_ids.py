@@ -19,7 +19,7 @@ _ROLES = {
     "pad_token_id": "pad", "mask_token_id": "mask", "unk_token_id": "unk",
 }  # fmt: skip
 _SHOWN = 3
-# A vocabulary with so many of another's tokens is meant to be that one.
+# A vocabulary with so many of another's tokens under its ids is meant to be that one.
 _SHARE = 0.99
 
 
@@ -113,11 +113,11 @@ def _ids(tree: Mapping[str, Any]) -> dict[str, int]:
 def _unlike_published(tokenizer: Tokenizer) -> list[str]:
     """What a tokenizer that is meant to be RoBERTa's has otherwise."""
     published = load_tokenizer()
-    shared = tokenizer.vocab.keys() & published.vocab.keys()
-    if not isinstance(tokenizer, ByteLevelBPE) or len(shared) < _SHARE * len(published.vocab):
+    alike = len(tokenizer.vocab.items() & published.vocab.items())
+    if not isinstance(tokenizer, ByteLevelBPE) or alike < _SHARE * len(published.vocab):
         return []
-    known = {token: published.vocab[token] for token in shared}
-    different = differing({token: tokenizer.vocab[token] for token in shared}, known)
+    known = {token: tokenizer.vocab[token] for token in published.vocab if token in tokenizer.vocab}
+    different = differing(known, {token: published.vocab[token] for token in known})
     wrong = [f"RoBERTa's: {some(different)}"] if different else []
     return wrong + [
         f"{text!r} is not {ids}"

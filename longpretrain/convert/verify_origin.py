@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from longpretrain.convert.verify_positions import lengthened
+from longpretrain.convert.verify_positions import differing_rows, lengthened
 from longpretrain.convert.verify_report import TensorRow
 from longpretrain.convert.verify_side import TYPES, Side
 from longpretrain.model.families import POOLER, is_of_a_head
 from longpretrain.model.weights import POSITIONS
+
+Tensors = Mapping[str, Tensor]
 
 EQUAL = "equal bit for bit"
 
@@ -40,23 +43,24 @@ def origins(old: Side, new: Side, *, is_lengthened: bool) -> Iterator[TensorRow]
     one, two = old.weights(), new.weights()
     if not is_lengthened:
         one, two = _without_token_types(one, two)
+    names = ("source", "new model") if is_lengthened else ("first", "second")
     for name in [*two, *(name for name in one if name not in two)]:
         a, b = one.get(name), two.get(name)
-        if name == POSITIONS and is_lengthened and a is not None and b is not None:
+        if a is None or b is None:
+            found = _of_one(name, old, new, (one, two), names)
+        elif name == POSITIONS and is_lengthened:
             found = _position_origin(old, new, a, b)
-        elif a is not None and b is not None:
-            found = _difference(a, b)
-            if not found.ok and (other := _another(name, b, one)):
-                found = Origin(told=f"{found.told}: it is the first's {other}", ok=False)
-            if found.ok and "_global." in name and not (_own_globals(old) and _own_globals(new)):
-                found = Origin(told=f"copies of the local projections, {found.told}", ok=True)
         else:
-            found = _of_one(name, old, new, one, b)
-        shown = b if b is not None else a
-        assert shown is not None
+            found = _difference(a, b, names)
+            if not found.ok:
+                found = _more(found, name, (a, b), one, names[0])
+            elif "_global." in name and not (_own_globals(old) and _own_globals(new)):
+                found = Origin(told=f"copies of the local projections, {found.told}", ok=True)
+        present = b if b is not None else a
+        assert present is not None
         yield TensorRow(
-            name=name, shape=tuple(shown.shape), dtype=str(shown.dtype).removeprefix("torch."),
-            origin=found.told, limit="" if found.ok else found.limit, ok=found.ok,
+            name=name, shape=tuple(present.shape), dtype=_name(present), origin=found.told,
+            limit="" if found.ok else found.limit, ok=found.ok,
         )  # fmt: skip
 
 
@@ -64,25 +68,40 @@ def _own_globals(side: Side) -> bool:
     return side.source.has_own_globals
 
 
-def _of_one(name: str, old: Side, new: Side, one: Mapping[str, Tensor], b: Tensor | None) -> Origin:
+def _of_one(
+    name: str, old: Side, new: Side, both: tuple[Tensors, Tensors], names: tuple[str, str]
+) -> Origin:
     """Of a tensor that only one of them has."""
+    one, two = both
     local = one.get(name.replace("_global.", "."))
-    if b is not None and "_global." in name and local is not None:
-        found = _difference(local, b)
-        told = f"copies of the local projections{', ' + found.told if found.told != EQUAL else ''}"
+    if name in two and "_global." in name and local is not None:
+        found = _difference(local, two[name], names)
         if found.ok:
-            return Origin(told=told, ok=True)
+            more = "" if found.told == EQUAL else f", {found.told}"
+            return Origin(told=f"copies of the local projections{more}", ok=True)
         limit = "a copy of the source's local projection"
         return Origin(told=f"no copy, {found.told}", ok=False, limit=limit)
-    where = "first" if b is None else "second"
+    where = names[name in two]
     if is_of_a_head(name) and old.config.has_lm_head != new.config.has_lm_head:
         return Origin(told=f"only in the {where}: the other has no masked-LM head", ok=True)
-    if name in POOLER:
+    if name in POOLER and old.config.has_lm_head != new.config.has_lm_head:
         return Origin(told=f"only in the {where}: a pooler, no part of a masked-LM model", ok=True)
     return Origin(told=f"only in the {where}", ok=False, limit="in both")
 
 
-def _another(name: str, tensor: Tensor, one: Mapping[str, Tensor]) -> str:
+def _more(
+    found: Origin, name: str, pair: tuple[Tensor, Tensor], one: Tensors, source: str
+) -> Origin:
+    """What else can be told of a tensor that differs: which rows, and whether it is another one."""
+    (a, b), told = pair, found.told
+    if name == POSITIONS and a.shape == b.shape and a.dtype == b.dtype:
+        told += f": {differing_rows(a, b)}"
+    if other := _another(name, b, one):
+        told += f": it is the {source}'s {other}"
+    return dataclasses.replace(found, told=told)
+
+
+def _another(name: str, tensor: Tensor, one: Tensors) -> str:
     """Which other tensor of the source it is; empty: none."""
     for other, candidate in one.items():
         alike = candidate.shape == tensor.shape and candidate.dtype == tensor.dtype
@@ -99,7 +118,7 @@ def _position_origin(old: Side, new: Side, old_PC: Tensor, new_PC: Tensor) -> Or
     return Origin(told=f"position rows: {found.told}", ok=found.ok, limit=found.limit)
 
 
-def _difference(a: Tensor, b: Tensor) -> Origin:
+def _difference(a: Tensor, b: Tensor, names: tuple[str, str]) -> Origin:
     """Of two tensors that should be equal, or one of them the other rounded."""
     if a.shape != b.shape:
         told = f"shape {tuple(a.shape)} and {tuple(b.shape)}"
@@ -107,21 +126,18 @@ def _difference(a: Tensor, b: Tensor) -> Origin:
     if a.dtype == b.dtype and equal_bits(a, b):
         return Origin(told=EQUAL, ok=True)
     narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
-    names = [str(tensor.dtype).removeprefix("torch.") for tensor in (a, b)]
     if a.dtype != b.dtype and equal_bits(a.to(narrow), b.to(narrow)):
-        return Origin(told=f"{names[0]} and {names[1]}, equal once rounded", ok=True)
+        return Origin(told=f"{_name(a)} and {_name(b)}, equal once rounded", ok=True)
     told = f"differs by {float((a.double() - b.double()).abs().max()):.1e}"
     told += f" in {int((a != b).sum()):,} of {a.numel():,} numbers"
+    if a.dtype != b.dtype:
+        return Origin(told=f"{told}, {_name(a)} and {_name(b)}", ok=False)
     for rounded in (torch.float16, torch.bfloat16):
-        if a.dtype == b.dtype == torch.float32:
-            if equal_bits(a.to(rounded).float(), b):
-                told += f": the second is rounded to {str(rounded).removeprefix('torch.')}"
-            elif equal_bits(b.to(rounded).float(), a):
-                told += f": the first is rounded to {str(rounded).removeprefix('torch.')}"
+        for name, one, other in zip(names, (a, b), (b, a), strict=True):
+            if one.dtype != rounded and equal_bits(other.to(rounded).to(one.dtype), one):
+                told += f": the {name} is rounded to {str(rounded).removeprefix('torch.')}"
     if a.dim() == 2 and a.shape[0] == a.shape[1] and equal_bits(a.T, b):
         told += ": the one is the other transposed"
-    if a.dtype != b.dtype:
-        told += f", {names[0]} and {names[1]}"
     return Origin(told=told, ok=False)
 
 
@@ -152,3 +168,7 @@ def _without_token_types(
         tensors[POSITIONS] = (table_PC.float() + types_TC[0].float()).to(table_PC.dtype)
         tensors[TYPES] = torch.zeros_like(types_TC)
     return sides[0], sides[1]
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

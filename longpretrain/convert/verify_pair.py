@@ -85,7 +85,7 @@ def _is_made_of(old: Side, new: Side) -> bool:
 
 def _names_as_source(new: Side, old: Side) -> bool:
     """Whether the record of a conversion has the other's files as its source."""
-    named = new.record.get("source_files")
+    named = (new.record or {}).get("source_files")
     if not isinstance(named, dict):
         return False
     own = old.source.own_hashes()
@@ -154,7 +154,7 @@ def _check_tokenizers(relation: Relation) -> Iterator[VerifyRow]:
     if one is None or two is None:
         which = "source" if two is None else "new model" if relation.is_lengthened else "second"
         # A record of a conversion that brought none is the word of whoever made it.
-        ok = one is None or bool(relation.new.record)
+        ok = one is None or relation.new.record is not None
         yield VerifyRow(
             check="tokenizers", got=f"only the {which} has one", limit="the same", ok=ok
         )
@@ -174,7 +174,7 @@ def _unlike(one: Tokenizer, two: Tokenizer) -> list[str]:
     shared = one.vocab.keys() & two.vocab.keys()
     wrong = differing({n: one.vocab[n] for n in shared}, {n: two.vocab[n] for n in shared})
     if len(shared) < min(len(one.vocab), len(two.vocab)):
-        wrong.append(f"{min(len(one.vocab), len(two.vocab)) - len(shared)} tokens of neither")
+        wrong.append(f"{min(len(one.vocab), len(two.vocab)) - len(shared)} tokens only in one")
     if type(one) is type(two) and not wrong and len(one.vocab) == len(two.vocab):
         wrong.append("the same vocabulary, otherwise applied")
     return wrong
@@ -241,7 +241,7 @@ def _notes(relation: Relation) -> Iterator[str]:
         if side.left_out:
             yield f"{side.path.name}: left out {listed(side.left_out, ', ')}"
         yield from (f"{side.path.name}: {note}" for note in side.source.notes)
-    if relation.is_lengthened and new.record and not _names_as_source(new, old):
+    if relation.is_lengthened and new.record is not None and not _names_as_source(new, old):
         yield f"{RECORD_NAME} names other files as its source: the same model in another form?"
 
 

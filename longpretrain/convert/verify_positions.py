@@ -5,6 +5,7 @@ Letters of the shape suffixes: P rows of a table, C channels. Rows are known by 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longpretrain.convert.lengthen import Init, lengthen_positions
+from longpretrain.convert.lengthen import MAX_SEED, Init, lengthen_positions
 
 _FEWEST_TRAINED = 8
 """New rows that a training may have changed while later ones stand still; fewer are a damage."""
@@ -58,7 +59,12 @@ def repeats(rows_PC: Tensor, *, learnt: int) -> Finding:
 
 
 def lengthened(
-    old_PC: Tensor, new_PC: Tensor, *, kept: int, record: Mapping[str, Any], deviation: float
+    old_PC: Tensor,
+    new_PC: Tensor,
+    *,
+    kept: int,
+    record: Mapping[str, Any] | None,
+    deviation: float,
 ) -> Finding:
     """Which rows of a source's table a longer (or shorter) model's table holds.
 
@@ -71,12 +77,13 @@ def lengthened(
     """
     learnt, count = len(old_PC) - kept, len(new_PC) - kept
     made: list[Init] = ["copy", "interpolate"]
-    inits = [init for init in _TOLD if init == record.get("init")] or made
+    said = record or {}
+    inits = [init for init in _TOLD if init == said.get("init")] or made
     limit = " or ".join(_limit(init, learnt, count, kept) for init in inits)
     for init in inits:
         wanted_PC = lengthen_positions(
             old_PC, positions=count, kept=kept, init=init, deviation=deviation,
-            seed=seed if isinstance(seed := record.get("seed"), int) else 0,
+            seed=_seed(said),
         ).to(new_PC.dtype)  # fmt: skip
         if torch.equal(wanted_PC, new_PC):
             told = _TOLD[init] if count > learnt or init == "interpolate" else _SHORTER
@@ -87,10 +94,24 @@ def lengthened(
         told = f"row {padding[0]} of padding is not the source's"
         return Finding(told=told, ok=False, limit=limit)
     wrong = [i for i in range(count) if keys[kept + i] != source[kept + i % learnt]]
-    if record or not wrong or wrong[0] < learnt:
+    if record is not None or not wrong or wrong[0] < learnt:
         told = _misplaced(wrong, keys, source, kept)
         return Finding(told=told, ok=False, limit=limit)
-    return _of_new_rows(wrong, learnt, keys[kept:], source, limit)
+    found = _of_new_rows(wrong, learnt, keys[kept:], source, limit)
+    copies_PC = old_PC[[kept + i % learnt for i in wrong]].to(new_PC.dtype)
+    moved = (new_PC[[kept + i for i in wrong]] - copies_PC).abs().max()
+    return dataclasses.replace(found, told=f"{found.told}; at most {moved:.1e} from copies")
+
+
+def differing_rows(one_PC: Tensor, two_PC: Tensor) -> str:
+    """Which rows of two tables of one shape differ, in words."""
+    rows = [i for i, (a, b) in enumerate(zip(_keys(one_PC), _keys(two_PC), strict=True)) if a != b]
+    return f"{len(rows)} rows, from {rows[0]} to {rows[-1]}" if rows else "no row"
+
+
+def _seed(record: Mapping[str, Any]) -> int:
+    seed = record.get("seed")
+    return seed if isinstance(seed, int) and 0 <= seed <= MAX_SEED else 0
 
 
 _TOLD: dict[Init, str] = {

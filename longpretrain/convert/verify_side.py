@@ -66,7 +66,7 @@ class Side:
     """What the names of the encoder begin with in its files."""
     tree: Mapping[str, Any]
     """`config.json`; empty for a fairseq checkpoint, which has none."""
-    record: Mapping[str, Any]
+    record: Mapping[str, Any] | None
     """`conversion.json`, if a conversion made it."""
     tokenizer: Tokenizer | None
     """Its tokenizer, if it has one that reads."""
@@ -133,7 +133,7 @@ def _of_file(source: Source) -> Side:
     """Of a fairseq checkpoint, which is refused unless it is complete and tied."""
     tensors = source.tensors()
     return Side(
-        source=source, family=None, prefix="", tree={}, record={},
+        source=source, family=None, prefix="", tree={}, record=None,
         tokenizer=source.tokenizer(), tokenizer_problem="", missing={}, left_out=(),
         stored=tuple(Stored(name=n, in_memory=n, tensor=t) for n, t in tensors.items()),
         tensors=tensors,
@@ -180,7 +180,7 @@ def _of_folder(source: Source) -> Side:
     record = folder / RECORD_NAME
     return Side(
         source=source, family=family, prefix=prefix, tree=tree, tokenizer=tokenizer,
-        record=read_json_object(record) if record.is_file() else {},
+        record=read_json_object(record) if record.is_file() else None,
         tokenizer_problem=problem, stored=tuple(stored), missing=missing,
         left_out=tuple(left_out), tensors={name: found[name] for name in shapes if name in found},
     )  # fmt: skip

@@ -14,7 +14,7 @@ from longpretrain.convert.card import CARD_NAME, MARK, card
 from longpretrain.convert.fairseq_dictionary import DICTIONARY_NAME
 from longpretrain.convert.fairseq_model import need_fairseq_expressible
 from longpretrain.convert.onnx_folder import need_onnx, stored_dtype, write_onnx
-from longpretrain.convert.precision import dtype_named, effect, need_representable
+from longpretrain.convert.precision import dtype_named, effect, is_rounded, need_representable
 from longpretrain.convert.read import need_expressible
 from longpretrain.convert.room import told_if_full
 from longpretrain.convert.source import Source, open_source
@@ -156,7 +156,8 @@ def _written(plan: _Plan, folder: Path, *, check: bool) -> VerifyReport | None:
     if not check:
         return None
     report = verify(folder)
-    if plan.dtype is None or all(t.dtype == plan.dtype for t in plan.tensors.values()):
+    dtype = plan.dtype
+    if dtype is None or not any(is_rounded(t, dtype) for t in plan.tensors.values()):
         return dataclasses.replace(report, notes=())
     length = min(_TOKENS, plan.config.max_tokens)
     tokens_BN = tokens(plan.source.tokenizer(), plan.config, length)

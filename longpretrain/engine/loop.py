@@ -69,6 +69,23 @@ class _Progress:
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What every update works with."""
+
+    config: Config
+    task: Task
+    engine: ZeroEngine
+    ranks: Ranks
+    device: torch.device
+    batches: Loader
+    saver: Saver
+    forensics: Forensics
+    metrics: MetricsLog
+    stop: StopRequest
+    mark: Mark
+
+
 def accumulation_steps(config: Config, world_size: int) -> int:
     """Micro-batches per rank and update.
 
@@ -139,41 +156,22 @@ def train(
             Saver(config, engine, task, metrics, step=progress.step, standing=standing, mark=mark)
         )
         forensics = Forensics(config, task, engine, ranks, metrics=metrics, mark=mark)
+        parts = _Parts(
+            config=config,
+            task=task,
+            engine=engine,
+            ranks=ranks,
+            device=device,
+            batches=batches,
+            saver=saver,
+            forensics=forensics,
+            metrics=metrics,
+            stop=stop,
+            mark=mark,
+        )
         while progress.step < total:
-            step = progress.step + 1
-            started = time.monotonic()
-            mark(f"step {step}: batch")
-            micro_batches = batches.get(step)
-            waited_s = time.monotonic() - started
-            rate = learning_rate(step, config.optim.lr, config.schedule)
-            engine.set_learning_rate(rate)
-            mark(f"step {step}: forward and backward")
-            seed = hidden_dropout_seed(config.run.seed, step, ranks.rank)
-            attempt = partial(
-                update_all,
-                engine,
-                task,
-                micro_batches,
-                device,
-                stop,
-                saver=saver,
-                seed=seed,
-                waited_s=waited_s,
-            )
-            update = forensics.settle(
-                attempt,
-                step=step,
-                micro_batches=micro_batches,
-                rate=rate,
-                skipped_before=progress.skipped_in_a_row,
-            )
-            progress.advance(config, applied=update.result.applied)
-            more: dict[str, object] = {"lr": rate, "data_wait_s": waited_s}
-            more |= slowest_rank(update.rank_seconds)
-            if config.log.sample_ids:
-                more["sample_ids"] = gather_sample_ids(task, micro_batches)
-            more["step_s"] = time.monotonic() - started
-            _log_update(metrics, task, progress, update, more)
+            update = _update(parts, progress)
+            step = progress.step
             saver.advance(update.saver_flags)
             if progress.skipped_in_a_row >= config.optim.max_skipped:
                 saver.finish()
@@ -196,6 +194,44 @@ def train(
         reason = stop.signal_name or "a signal at another rank"
         return Outcome(state="preempted", reason=reason, step=progress.step)
     return Outcome(state="done", reason=f"all {total} updates", step=progress.step)
+
+
+def _update(parts: _Parts, progress: _Progress) -> Update:
+    """The next update: its batch, forward and backward, the step, its line in the journal."""
+    config, step = parts.config, progress.step + 1
+    started = time.monotonic()
+    parts.mark(f"step {step}: batch")
+    micro_batches = parts.batches.get(step)
+    waited_s = time.monotonic() - started
+    rate = learning_rate(step, config.optim.lr, config.schedule)
+    parts.engine.set_learning_rate(rate)
+    parts.mark(f"step {step}: forward and backward")
+    attempt = partial(
+        update_all,
+        parts.engine,
+        parts.task,
+        micro_batches,
+        parts.device,
+        parts.stop,
+        saver=parts.saver,
+        seed=hidden_dropout_seed(config.run.seed, step, parts.ranks.rank),
+        waited_s=waited_s,
+    )
+    update = parts.forensics.settle(
+        attempt,
+        step=step,
+        micro_batches=micro_batches,
+        rate=rate,
+        skipped_before=progress.skipped_in_a_row,
+    )
+    progress.advance(config, applied=update.result.applied)
+    more: dict[str, object] = {"lr": rate, "data_wait_s": waited_s}
+    more |= slowest_rank(update.rank_seconds)
+    if config.log.sample_ids:
+        more["sample_ids"] = gather_sample_ids(parts.task, micro_batches)
+    more["step_s"] = time.monotonic() - started
+    _log_update(parts.metrics, parts.task, progress, update, more)
+    return update
 
 
 def _start(

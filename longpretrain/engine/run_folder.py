@@ -26,7 +26,7 @@ from longpretrain.engine.names import (
     write_status,
 )
 from longpretrain.errors import InputError
-from longpretrain.files import PROBE, need_writable, write_atomically
+from longpretrain.files import PROBE, need_writable, remove_parts, write_atomically
 from longpretrain.ranks import Ranks
 from longpretrain.recipe import from_tree
 from longpretrain.report.metrics import read_metrics
@@ -72,10 +72,12 @@ def check_run_dir(config: Config, *, fresh: bool) -> None:
 
 
 def _holds_files(folder: Path) -> bool:
-    """Whether there is more than what a run, or a job before it, writes first of all."""
-    first = (LOCK, ATTEMPTS)
+    """Whether there is more than what a run, or a job before it, writes first of all, also one that
+    was killed as it did.
+    """
+    first, parts = (LOCK, ATTEMPTS), (PROBE, f".{CONFIG}.", f".{ATTEMPTS}.")
     return any(
-        path.name not in first and not path.name.startswith(PROBE) for path in folder.iterdir()
+        path.name not in first and not path.name.startswith(parts) for path in folder.iterdir()
     )
 
 
@@ -156,6 +158,8 @@ def opened(config: Config, *, fresh: bool) -> Iterator[Path | None]:
             moved = _free_name(run_dir)
             run_dir.rename(moved)  # its lock goes along, and stays held
             held.enter_context(only_writer(run_dir, announce=False))
+        for name in (CONFIG, STATUS):
+            remove_parts(run_dir / name)
         write_atomically(run_dir / CONFIG, yaml.safe_dump(to_tree(config), sort_keys=False))
         yield moved
 

@@ -359,11 +359,15 @@ class Saver:
                     keep=settings.keep,
                     keep_every_steps=settings.keep_every_steps,
                 )
+        # The attempts at the end are seconds apart: the same again is no news.
+        is_told = self._is_last and problems[0] == self._why and not removed
         self._why = problems[0]
         self._retry_s = min(max(RETRY_S, 2 * self._retry_s), _LONGEST_RETRY_S)
         if removed:
             self._retry_s = _SOON_S
         self._tried_at = time.monotonic()
+        if is_told:
+            return
         then = f". Removed {', '.join(removed)} to make room" if removed else ""
         if not self._is_last:
             then += "; training goes on. "

@@ -5,6 +5,7 @@ What Hugging Face's Longformer cannot express stands in a ``longpretrain`` block
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -20,6 +21,7 @@ from longpretrain.errors import InputError
 from longpretrain.files import fresh_folder
 from longpretrain.model.encoder import Encoder, ModelConfig
 from longpretrain.model.families import CONFIG_NAME, Family, read_family
+from longpretrain.model.listing import printable
 from longpretrain.model.lm_head import LongformerForMaskedLM
 from longpretrain.model.skeleton import without_values
 from longpretrain.model.weights import (
@@ -51,6 +53,9 @@ _KEYS: dict[str, tuple[str, int | float | None]] = {
     "initializer_range": ("initializer_range", 0.02),
 }
 _REALS = {"layer_norm_eps", "hidden_dropout", "attention_dropout", "initializer_range"}
+# Far above any model: a damaged file shall neither fill the memory nor overflow a size.
+_LARGEST = {"num_hidden_layers": 1_000, "num_attention_heads": 1 << 20, "hidden_size": 1 << 20}
+_LARGEST_OF_OTHERS = 1 << 31
 # What the code computes whatever the file says; a file that says otherwise is another model.
 _FIXED = {
     "hidden_act": "gelu",
@@ -298,10 +303,15 @@ def _own_tensors(folder: Path | str, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _has_lm_head(folder: Path, family: Family, tree: Mapping[str, Any]) -> bool:
-    """By the weights, which are right where `config.json` is not; by its word without weights."""
-    found = has_lm_head(folder, family)
-    if found is not None:
-        return found
+    """By the weights, which are right where `config.json` is not; by its word without weights.
+
+    Their damage is told by who reads them: a run may go on though the folder that it began with is
+    broken.
+    """
+    with contextlib.suppress(InputError):
+        found = has_lm_head(folder, family)
+        if found is not None:
+            return found
     said = tree.get("architectures")
     classes = said if isinstance(said, list) else []
     return not any(str(name).endswith("Model") for name in classes)
@@ -337,6 +347,12 @@ def _number(path: Path, key: str, value: object, is_real: bool) -> int | float:
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise InputError(
             f"{key} in {path}", got=value, wanted="a number",
+            way_out="Give a folder that save_pretrained or longpretrain wrote.",
+        )  # fmt: skip
+    largest = _LARGEST.get(key, _LARGEST_OF_OTHERS)
+    if not -largest <= value <= largest:  # NaN is not, either
+        raise InputError(
+            f"{key} in {path}", got=printable(str(value), 40), wanted=f"at most {largest:,}",
             way_out="Give a folder that save_pretrained or longpretrain wrote.",
         )  # fmt: skip
     return value

@@ -32,7 +32,7 @@ class Line:
 
 
 def keys(proofs: Iterable[Proof]) -> list[Key]:
-    """Those of the lines that these tests make, in the page's order."""
+    """Those of the lines that these tests make, in the order of the page."""
     return [key for key, _ in _grouped(proofs)]
 
 
@@ -52,19 +52,33 @@ def lines(records: list[Record]) -> list[Line]:
 
 
 def markdown(records: list[Record]) -> str:
-    """The table as it stands on the page."""
-    head = [*COLUMNS, *(f"transformers {record.transformers}" for record in records)]
-    rows = [head, ["---"] * len(head)]
+    """A table for each family."""
+    versions = [f"transformers {record.transformers}" for record in records]
+    text, section = "", ""
     for line in lines(records):
         key = line.key
-        rows.append([key.family, key.direction, key.checked, key.tests, *line.cells])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        if _section(key.family) != section:
+            section = _section(key.family)
+            text += f"{chr(10) if text else ''}## {section}\n\n"
+            text += _row([*COLUMNS, *versions]) + _row(["---"] * (len(COLUMNS) + len(versions)))
+        text += _row([key.family, key.direction, key.checked, key.tests, *line.cells])
+    return text
 
 
 def keys_of_page(text: str) -> list[Key]:
     """Read back from the page."""
-    found = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    return [Key(*row[: len(COLUMNS)]) for row in found[2:]]
+    rows = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    found = [row[: len(COLUMNS)] for row in rows]
+    return [Key(*row) for row in found if row[0] not in (COLUMNS[0], "---")]
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _section(family: str) -> str:
+    """BERT (no head) -> BERT."""
+    return family.partition(" (")[0].partition(",")[0]
 
 
 def _grouped(proofs: Iterable[Proof]) -> Iterator[tuple[Key, set[str]]]:
@@ -72,7 +86,8 @@ def _grouped(proofs: Iterable[Proof]) -> Iterator[tuple[Key, set[str]]]:
     for proof in proofs:
         key = (proof.family, proof.direction, proof.checked, proof.file)
         groups.setdefault(key, set()).add(proof.test)
-    for (family, direction, checked, file), tests in sorted(groups.items()):
+    ordered = sorted(groups.items(), key=lambda group: (_section(group[0][0]), group[0]))
+    for (family, direction, checked, file), tests in ordered:
         yield Key(family, direction, checked, f"{len(tests)} of {file}"), tests
 
 
@@ -86,8 +101,21 @@ def _cell(proofs: list[Proof], wanted: int) -> str:
     if missing:
         why = next((p.why for p in proofs if p.outcome == NOT_RUN and p.why), "")
         return f"**not run** ({missing} of {wanted})" + (f": {_plain(why)}" if why else "")
-    reported = [f"{name} {value}" for proof in proofs for name, value in proof.reported.items()]
-    return f"{OK}: {_plain(', '.join(dict.fromkeys(reported)))}" if reported else OK
+    reported: dict[str, list[str]] = {}
+    for proof in proofs:
+        for name, figure in proof.reported.items():
+            reported.setdefault(name, []).append(figure)
+    told = [f"{name} {_range(figures)}" for name, figures in reported.items()]
+    return f"{OK}: {_plain(', '.join(told))}" if told else OK
+
+
+def _range(figures: list[str]) -> str:
+    """Of several tests: from the smallest to the largest; words one after the other."""
+    try:
+        ordered = sorted(set(figures), key=float)
+    except ValueError:
+        return ", ".join(dict.fromkeys(figures))
+    return ordered[0] if len(ordered) == 1 else f"{ordered[0]} to {ordered[-1]}"
 
 
 def _plain(text: str) -> str:

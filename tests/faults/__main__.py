@@ -30,6 +30,7 @@ from faults.kills import SETTINGS, Chains, make_plan
 from faults.mishaps import Mishaps
 from faults.nursery import Nursery
 from faults.preemptions import preempted
+from faults.starts import Starts
 from faults.steps import Steps
 from faults.stops import Stops
 from faults.stops import make_plan as make_stops
@@ -50,6 +51,7 @@ class Parts:
         self._recipe = make_small_run(work / "small") / "recipe.yaml"
         self.by_name: dict[str, Callable[[], list[Row]]] = {
             "kills": self.kills,
+            "starts": self.starts,
             "signals": self.signals,
             "steps": self.steps,
             "corruptions": self.corruptions,
@@ -71,6 +73,11 @@ class Parts:
                 chains.chain(name, make_plan(f"{self._seed}/{setting}/{name}", KILLS_EACH))
             rows.append(chains.finish())
         return rows
+
+    def starts(self) -> list[Row]:
+        """A rank lost before training begins."""
+        starts = Starts(self._work / "starts", self._recipe, self._nursery)
+        return [starts.killed(), starts.stopped()]
 
     def signals(self) -> list[Row]:
         """The same, asked to stop."""

@@ -40,7 +40,7 @@ class Attempt:
     environment: dict[str, str] = field(default_factory=dict)
     output: Path = Path("-")
     """What they print; by default a file beside the run folder."""
-    disk_faults: dict[int, dict[str, object]] = field(default_factory=dict)
+    faults: dict[int, dict[str, object]] = field(default_factory=dict)
     """By rank, see hook.py; for plain processes."""
     _launcher: subprocess.Popen[bytes] | None = None
     _forked: dict[int, int] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Attempt:
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
                 place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 self._forked[rank] = self.nursery.fork(
-                    words, environment | own | place, self.output, self.disk_faults.get(rank)
+                    words, environment | own | place, self.output, self.faults.get(rank)
                 )
             return self
         filled = {"RANKS": str(self.ranks), "PORT": port}

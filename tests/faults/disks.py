@@ -152,5 +152,5 @@ class Disks:
             words=self._words,
             nursery=self._nursery,
             output=output,
-            disk_faults=faults or {},
+            faults=faults or {},
         )

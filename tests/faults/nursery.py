@@ -53,7 +53,7 @@ def _reap(children: dict[int, int | None]) -> None:
 
 def _fork(request: Mapping[str, Any]) -> int:
     """A rank; ``environment`` is all of its environment, ``output`` takes what it prints, and
-    ``fault`` may spoil its disk (hook.py).
+    ``fault`` may spoil its disk or strike it (hook.py).
     """
     number = os.fork()
     if number == 0:
@@ -75,7 +75,7 @@ def _be_a_rank(request: Mapping[str, Any]) -> NoReturn:
         from longpretrain.cli import main
 
         if request["fault"]:
-            hook.install(request["fault"])
+            hook.install_any(request["fault"])
         code = main(["train", *request["words"]])
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 1
@@ -93,6 +93,7 @@ def _be_a_rank(request: Mapping[str, Any]) -> NoReturn:
 def _import_everything() -> None:
     """What a rank imports by itself before it joins the others, and what DeepSpeed adds later."""
     import torch
+    import torch._dynamo  # torch's AdamW does, which is half of what a start costs
 
     import longpretrain.training  # noqa: F401
     from longpretrain.engine import zero
