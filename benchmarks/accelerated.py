@@ -151,7 +151,8 @@ def report(layers: int, seconds: float) -> str:
         f"# longpretrain.accelerate, {datetime.now(UTC):%Y-%m-%d}",
         "",
         f"`python benchmarks/accelerated.py --layers {layers} --seconds {seconds:g} --threads "
-        f"{torch.get_num_threads()}`, fp32, batch 1, {layers} of the base size's 12 layers, a small vocabulary and no head.",
+        f"{torch.get_num_threads()}`, fp32, batch 1, {layers} of the base size's 12 layers, a "
+        "small vocabulary and no head.",
         "",
         f"{machine['cpu']}, {machine['cores']} cores, {torch.get_num_threads()} threads, load "
         f"{load} at the start; {shown}; kernels {facts['used']}, {facts['compiler']}.",

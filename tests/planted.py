@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -185,6 +186,40 @@ def swapped_ids_in_one_file(folder: Path) -> None:
     vocab = json.loads(path.read_text())
     _swap(vocab)
     path.write_text(json.dumps(vocab))
+
+
+def swapped_merges(folder: Path) -> None:
+    """Two merges of tokenizer.json have each other's rank."""
+
+    def change(tree: Any) -> None:
+        merges = tree["model"]["merges"]
+        merges[0], merges[40] = merges[40], merges[0]
+
+    _in_tokenizer(folder, change)
+
+
+def lower_case(folder: Path) -> None:
+    """tokenizer.json has a normaliser that its source's has not."""
+    _in_tokenizer(folder, lambda tree: tree.update(normalizer={"type": "Lowercase"}))
+
+
+def _in_tokenizer(folder: Path, change: Callable[[Any], None]) -> None:
+    path = folder / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    change(tree)
+    path.write_text(json.dumps(tree))
+
+
+def cut_merges(folder: Path) -> None:
+    """merges.txt ends early, beside a whole tokenizer.json."""
+    lines = (folder / "merges.txt").read_text().splitlines()
+    (folder / "merges.txt").write_text("\n".join(lines[:20]) + "\n")
+
+
+def too_long_texts(folder: Path) -> None:
+    """The tokenizer cuts texts to more tokens than there are positions."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 512}))
 
 
 def _swap(vocab: dict[str, int]) -> None:

@@ -20,7 +20,7 @@ from told import check_form, disk, exit_code
 from torch import Tensor
 
 from longpretrain.data.tokenizer import load_tokenizer
-from longpretrain.model import read_tensors
+from longpretrain.model import read_config, read_tensors
 
 UNREAD = ("xlm-roberta-xl", "albert", "deberta-v2", "electra", "mpnet", "distilbert", "gpt2", "")
 LAYER = "encoder.layer"
@@ -85,28 +85,44 @@ def test_a_family_s_model_that_computes_something_else(
     ("key", "value", "told"),
     [
         ("num_hidden_layers", 10**9, "got 1000000000; wanted at most 1,000."),
-        ("num_hidden_layers", 1000, "no longformer.encoder.layer.[2-999].output.dense.bias;"),
+        ("num_hidden_layers", 1000, "no bert.encoder.layer.[2-999].output.dense.bias;"),
         ("hidden_size", 10**18, "got 1000000000000000000; wanted at most 1,048,576."),
         ("hidden_size", 1 << 20, "not (1048576,)"),
         ("vocab_size", 10**30, "wanted at most 2,147,483,648."),
-        ("max_position_embeddings", 10**12, "wanted at most"),
+        ("max_position_embeddings", 10**12, "max_position_embeddings in "),
         ("intermediate_size", 2**31, "not (2147483648, 32)"),
         ("num_attention_heads", 10**9, "wanted at most"),
-        ("num_attention_heads", 0, "num_heads"),
+        ("num_attention_heads", 0, "num_attention_heads in "),
         ("pad_token_id", -(10**20), "wanted at most"),
-        ("pad_token_id", -1, "pad_id"),
-        ("layer_norm_eps", float("nan"), "got nan; wanted at most"),
+        ("pad_token_id", -1, "pad_token_id in "),
+        ("bos_token_id", -7, "bos_token_id in "),
+        ("eos_token_id", 10**6, "eos_token_id in "),
+        ("layer_norm_eps", float("nan"), "got nan; wanted 1e-30 to 1."),
+        ("layer_norm_eps", -1, "got -1; wanted 1e-30 to 1."),
+        ("initializer_range", 1e30, "got 1e+30; wanted 0 to 100."),
+        ("hidden_dropout_prob", 1, "hidden_dropout_prob in "),
         ("hidden_dropout_prob", 10**4000, "... wanted at most"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:20],
 )  # fmt: skip
 def test_sizes_that_would_fill_the_memory(
     key: str, value: Any, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = make_family(tmp_path / "short", "longformer", attention_window=8)
+    folder = make_family(tmp_path / "short", "bert", tokenizer=None)
     edit_config(folder, **{key: value})
     line = refused(capsys, folder, tmp_path / "long", within=tmp_path)
     assert told in line.replace("...;", "...")
+    assert f"{folder}" in line
+
+
+def test_ids_of_the_tokenizer_go_into_the_new_folder(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_config(source, bos_token_id=5)
+    assert exit_code("convert", source, tmp_path / "long") == 0
+    assert "bos_token_id: 0, the tokenizer's, instead of 5" in capsys.readouterr().out
+    config = read_config(tmp_path / "long")
+    assert (config.bos_id, config.eos_id) == (0, 2)
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "minilm"])
@@ -128,7 +144,7 @@ def test_all_tensors_that_do_not_fit_are_named(
         name = f"{prefix}.embeddings.position_embeddings.weight"
         tensors[name] = tensors[name][:-1].clone()
         name = f"{prefix}.embeddings.LayerNorm.weight"
-        tensors[name] = tensors[name].long()
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
 
     edit_tensors(folder, spoil)
     line = refused(capsys, folder, tmp_path / "long", within=tmp_path)
@@ -142,7 +158,7 @@ def test_all_tensors_that_do_not_fit_are_named(
         f"{prefix}.{LAYER}.1.intermediate.dense.weight of shape (32, 64), not (64, 32);",
         f"{prefix}.embeddings.position_embeddings.weight of shape ({rows - 1}, 32), "
         f"not ({rows}, 32);",
-        f"{prefix}.embeddings.LayerNorm.weight of torch.int64;",
+        f"{prefix}.embeddings.LayerNorm.weight of torch.float8_e4m3fn;",
     ):
         assert told in line
     assert line.count(";") == 8

@@ -157,6 +157,12 @@ def test_rows_that_trained_since(tmp_path: Path) -> None:
         assert row.origin.endswith(f": {end - 64} rows, from 66 to {end + 1}")
     for first, end in ((64, 66), (80, 160), (0, 1), (63, 160), (0, 160)):
         assert POSITIONS in failed(verify(short, trained(first, end))), (first, end)
+    factor_P1 = torch.ones(162, 1).index_fill(0, torch.tensor([2]), 2)
+    skips_one = rewrite(
+        trained(65, 160), tmp_path / "skips",
+        lambda name, t: t * factor_P1 if name == POSITIONS else t,
+    )  # fmt: skip
+    assert POSITIONS in failed(verify(short, skips_one)), "row 0, but not row 64"
 
 
 def test_a_training_is_no_relation(tmp_path: Path) -> None:

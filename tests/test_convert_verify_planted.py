@@ -7,15 +7,19 @@ nobody can tell a transposed weight from one that was trained so: an empty list 
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import planted
 import pytest
+import torch
 from family_models import make_family
 from planted import DENSE, POSITIONS, QUERY, WORDS
 
 from longpretrain.convert import VerifyReport, convert, verify
+from longpretrain.convert.verify_ids import check_ids
+from longpretrain.convert.verify_side import open_side
 from longpretrain.data.tokenizer import load_tokenizer
 
 FILES, RECORD = "files since the conversion", "length and windows of the conversion"
@@ -59,6 +63,13 @@ CASES: dict[str, tuple[planted.Plant, list[str], list[str]]] = {
     "wrong learnt rows": (
         planted.in_config(longpretrain={"learnt_positions": 63}), [REPEAT], [SIZES],
     ),
+    "merges swapped": (planted.swapped_merges, ["vocabulary"], ["tokenizers"]),
+    "no merges in one file": (planted.cut_merges, ["vocabulary"], []),
+    "a normaliser": (planted.lower_case, ["tokenizers agree"], ["tokenizers"]),
+    "too long texts": (planted.too_long_texts, ["longest text of the tokenizer"], []),
+    "another class": (
+        planted.in_config(architectures=["LongformerModel"]), ["class in config.json"], [],
+    ),
     "missing": (planted.missing_tensor, [DENSE, "tensors missing"], [DENSE]),
     "extra": (planted.extra_tensor, [EXTRA, ODD], []),
     "other shape": (planted.other_shape, [INNER, ODD], [INNER]),
@@ -94,7 +105,7 @@ def test_planted_damage_is_found(case: str, good: tuple[Path, Path], tmp_path: P
     assert f"second: {FILES}" in failed(verify(short, bad))
     planted.forge_record(bad)
     # Of the model alone a pair has all that needs no transformers.
-    own = {f"second: {n}" for n in {*alone, *of_record} - {"logits"}}
+    own = {f"second: {n}" for n in {*alone, *of_record} - {"logits", "tokenizers agree"}}
     found = failed(verify(short, bad))
     assert found == {*beside, *own}
     assert found, "beside its source everything is found"
@@ -131,6 +142,8 @@ def test_beside_its_source_a_tensor_tells_what_it_is(
     origin, limit = told(planted.tiles_off_by_one, POSITIONS)
     assert "160 of 160 rows are wrong, shifted by -1: row 2 is the source's 1, not 2" in origin
     assert limit == "64 learnt rows copied end to end over 160, after the 2 of padding"
+    wanted = "position rows: row 0 of padding is not the source's"
+    assert told(planted.huge_padding_row, POSITIONS)[0] == wanted
     assert told(planted.missing_tensor, DENSE) == ("only in the source", "in both")
     limit = "a copy of the source's local projection"
     assert told(planted.global_no_copy, GLOBAL)[1] == limit
@@ -142,9 +155,8 @@ def test_robertas_own_vocabulary_with_two_ids_swapped_is_found_alone(tmp_path: P
         tmp_path, "roberta", tokenizer=None, vocab_size=tokenizer.vocab_size, hidden=4
     )
     tokenizer.save(folder, max_tokens=64)
-    assert verify(folder).ok
     planted.swapped_ids(folder)
-    (row,) = (row for row in verify(folder).rows if not row.ok)
+    (row,) = (row for row in check_ids(open_side(folder)) if not row.ok)
     assert row.check == "vocabulary"
     assert row.got.startswith("RoBERTa's: 'e' is 90 and 242, 't' is 242 and 90")
 
@@ -170,3 +182,50 @@ def test_a_prefix_that_transformers_does_not_know_is_found(
     else:
         assert "missing_keys longformer.embeddings.LayerNorm.bias" in row.got
         assert "logits" in failed(report)
+
+
+def _of_odd_type(tensors: planted.Tensors) -> None:
+    tensors[DENSE] = tensors[DENSE].to(torch.float8_e4m3fn)
+
+
+def _of_odd_name(tensors: planted.Tensors) -> None:
+    tensors["odd\x1b[31mname"] = torch.zeros(2, dtype=torch.complex64)
+
+
+def _with_little_left(tensors: planted.Tensors) -> None:
+    for name in [*tensors][1:]:
+        del tensors[name]
+
+
+def _in_record(**changes: object) -> planted.Plant:
+    def plant(folder: Path) -> None:
+        path = folder / "conversion.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return plant
+
+
+ODD_FOLDERS = {
+    "type of numbers": planted.in_tensors(_of_odd_type),
+    "name": planted.in_tensors(_of_odd_name),
+    "nothing left": planted.in_tensors(_with_little_left),
+    "no files in the record": _in_record(files=[]),
+    "files of no folder in the record": _in_record(files={"../x": 1, "a": None}),
+    "seed of the record": _in_record(init="random", seed=1 << 80),
+    "windows of the record": _in_record(attention_window={"\x1b[31m": 1}),
+    "vocabulary": lambda folder: (folder / "vocab.json").write_text('{"a": "b"}') and None,
+    "no tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{}") and None,
+}
+
+
+@pytest.mark.parametrize("case", ODD_FOLDERS)
+def test_odd_folders_are_reported(case: str, good: tuple[Path, Path], tmp_path: Path) -> None:
+    """Nothing that a folder holds ends in a traceback, or reaches the terminal as it is."""
+    shutil.copytree(good[1], tmp_path / "bad")
+    ODD_FOLDERS[case](tmp_path / "bad")
+    for report in (verify(good[0], tmp_path / "bad"), verify(tmp_path / "bad", good[0])):
+        assert not report.ok
+        assert "\x1b" not in str(report)
+    report = verify(tmp_path / "bad")
+    assert report.ok == (case == "seed of the record"), "which only its source can tell"
+    assert json.loads(json.dumps(report.tree("a"), allow_nan=False))["tensors"]

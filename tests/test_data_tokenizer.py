@@ -320,17 +320,29 @@ class TestOtherTokenizers:
         assert tokenizer.mask_id not in tokenizer.encode("<mask>")
         assert len(tokenizer.real_ids) == tokenizer.vocab_size - 5
 
-    def test_a_bpe_that_tiktoken_would_merge_otherwise_goes_through_the_library(self, tmp_path):
+    @pytest.mark.parametrize("space", [False, True])
+    def test_a_bpe_that_tiktoken_would_merge_otherwise_goes_through_the_library(
+        self, tmp_path, space
+    ):
         """ "abc" is a+bc here; tiktoken would also join ab+c, which is no merge of this BPE."""
+        from transformers import AutoTokenizer
+
         symbols = list(byte_bpe.byte_symbols())
         vocab = {name: i for i, name in enumerate([*SPECIAL, *symbols, "bc", "ab", "abc"])}
         files = {"type": "BPE", "vocab": vocab, "merges": [["b", "c"], ["a", "b"], ["ab", "c"]]}
-        tree = {"model": files, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False,
+        tree = {"model": files, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": space,
                 "trim_offsets": True, "use_regex": True}, "added_tokens": []}  # fmt: skip
         (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
         tokenizer = load_tokenizer(tmp_path)
         assert isinstance(tokenizer, LibraryTokenizer)
-        assert tokenizer.encode("abc").tolist() == [vocab["a"], vocab["bc"]]
+        first = [vocab["\u0120"]] if space else []  # a byte of its own
+        assert tokenizer.encode("abc").tolist() == [*first, vocab["a"], vocab["bc"]]
+        saved = tmp_path / "saved"
+        saved.mkdir()
+        tokenizer.save(saved, max_tokens=64)
+        (saved / "config.json").write_text('{"model_type": "longformer", "attention_window": [8]}')
+        found = AutoTokenizer.from_pretrained(saved)("abc", add_special_tokens=False).input_ids
+        assert found == tokenizer.encode("abc").tolist()
 
     def test_word_piece_goes_through_the_library(self, tmp_path):
         tokenizer = load_tokenizer(word_piece(tmp_path))

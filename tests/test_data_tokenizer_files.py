@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from family_models import write_tokenizer
 
 from longpretrain.data import Blocks, Corpus, byte_bpe, load_tokenizer, tokenizer_files
 from longpretrain.data.tokenizer import ROBERTA_BPE, ByteLevelBPE, Tokenizer
@@ -168,3 +169,32 @@ class TestBadFolders:
         (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
         with pytest.raises(InputError, match="wanted a byte-level BPE, or a"):
             load_tokenizer(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("number", "got"),
+        [
+            (None, "TypeError"),
+            (0.5, "a tokenizer.json that the tokenizers library refuses"),
+            (1 << 31, "the id of 'the': 2147483648; wanted ids from 0 to 2147483647"),
+            (-1, "the id of 'the': -1; wanted ids from 0 to 2147483647"),
+        ],
+    )
+    def test_an_id_that_cannot_be(self, tmp_path, number, got):
+        self.change(tmp_path, "bert", lambda tree: tree["model"]["vocab"].update(the=number))
+        with pytest.raises(InputError, match=f"^tokenizer {tmp_path}: got {got}"):
+            load_tokenizer(tmp_path)
+
+    def test_a_tokenizer_json_that_the_library_panics_at(self, tmp_path):
+        def damage(tree):
+            tree["normalizer"]["normalizers"][0]["precompiled_charsmap"] = "AAAA"
+
+        self.change(tmp_path, "xlm-roberta", damage)
+        with pytest.raises(InputError, match=r"library refuses \(Precompiled.*\); wanted one that"):
+            load_tokenizer(tmp_path)
+
+    @staticmethod
+    def change(folder, family, change):
+        write_tokenizer(folder, family, form="json")
+        tree = json.loads((folder / "tokenizer.json").read_text())
+        change(tree)
+        (folder / "tokenizer.json").write_text(json.dumps(tree))

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from longpretrain.data import load_tokenizer, tokenizer_files
 from longpretrain.errors import InputError
@@ -262,6 +264,14 @@ def test_shards_that_are_not_all_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="wanted a weight_map"):
         load_model(tmp_path / "a")
     index.write_text(whole)
+    wanted = read_tensors(tmp_path / "a")
+    with safe_open(shards[0], "pt") as file:
+        stale = {f: file.get_tensor(f) + 1 for f in file.keys()}  # noqa: SIM118
+    with safe_open(shards[1], "pt") as file:
+        stale |= {f: file.get_tensor(f) for f in file.keys()}  # noqa: SIM118
+    save_file(stale, shards[1], metadata={"format": "pt"})
+    found = read_tensors(tmp_path / "a")  # the index says which of two counts
+    assert all(tensor.equal(wanted[name]) for name, tensor in found.items())
     shards[1].write_bytes(shards[2].read_bytes())
     with pytest.raises(InputError, match=f"{shards[1].name}: got no "):
         load_model(tmp_path / "a")

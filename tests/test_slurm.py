@@ -22,6 +22,8 @@ from ranks_helper import BIN, ROOT, rank_environment
 from slurm_runs import ONE_CPU, Preempted, Run
 from slurm_testbed import Testbed, processes, testbed, why_no_slurm
 
+from longpretrain.engine.names import pointed_at
+
 pytestmark = pytest.mark.skipif(bool(why_no_slurm()), reason=why_no_slurm())
 
 STEPS = 40
@@ -63,6 +65,7 @@ class Scenarios:
             *PLAIN,
         )
         run.until_step(7, restarts=0)
+        run.until(lambda job: bool(pointed_at(run.run_dir)), "a checkpoint")  # of step 5
         self.cluster.lose_node("n4")
         run.until_step(12, restarts=1)
         urgent = ("-p", "urgent", "-w", "n3", "--cpus-per-task=8", "--wrap", "sleep 1")

@@ -141,13 +141,14 @@ def convert(
     )  # fmt: skip
     if report.up_to_date:
         return report
+    new, id_notes = _with_ids(origin, new)
     state, origins = _long_state(origin, new, init, seed)
     with told_if_full(), fresh_folder(target, belongs=lambda _: False) as fresh:
         write_model((new, state), fresh)
         origin.carry_tokenizer(fresh, new.max_tokens)
         record = {**request, "files": hashes(fresh)}
         (fresh / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    notes = (*origin.notes, *_head_notes(origin, new))
+    notes = (*origin.notes, *id_notes, *_head_notes(origin, new))
     return dataclasses.replace(report, origins=origins, notes=notes)
 
 
@@ -205,6 +206,18 @@ def _need_no_head(source: Source) -> None:
             str(source.path), got="a model with a masked-LM head",
             wanted="one without, as a new one is asked for", way_out="Leave --new-head out.",
         )  # fmt: skip
+
+
+def _with_ids(source: Source, new: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    """The tokenizer's first and last token, and notes where `config.json` says others."""
+    tokenizer, notes = source.tokenizer(), []
+    if tokenizer is None:
+        return new, []
+    ids = {"bos": (new.bos_id, tokenizer.bos_id), "eos": (new.eos_id, tokenizer.eos_id)}
+    for name, (said, right) in ids.items():
+        if said != right:
+            notes.append(f"{name}_token_id: {right}, the tokenizer's, instead of {said}")
+    return dataclasses.replace(new, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id), notes
 
 
 def _head_notes(source: Source, new: ModelConfig) -> Iterator[str]:

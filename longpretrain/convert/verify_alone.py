@@ -24,6 +24,7 @@ _PARTNER = {"weight": "bias", "bias": "weight"}
 """Parts of one module."""
 _FEWEST = 16
 """Numbers of a tensor that tell something of how they were rounded."""
+_WITH_HEAD = ("ForMaskedLM", "ForPreTraining")
 _SMALLEST = 1e-30
 """Of a number that a training leaves; memory that nobody filled often holds smaller ones."""
 _FAR = 10
@@ -32,7 +33,7 @@ _FAR = 10
 def check_alone(side: Side) -> tuple[list[VerifyRow], tuple[TensorRow, ...]]:
     """All checks that need neither another model nor transformers, and every tensor."""
     tensors = tuple(_tensor_rows(side))
-    rows = [*_check_names(side), *_check_numbers(side)]
+    rows = [*_check_names(side), *_check_class(side), *_check_numbers(side)]
     if WORDS in side.tensors and POSITIONS in side.tensors:
         rows += _check_rows(side)
     if any("_global." in name for name in side.tensors):
@@ -80,6 +81,19 @@ def _check_names(side: Side) -> Iterator[VerifyRow]:
         if not are_twins or (side.config.has_lm_head and side.family):
             good = f"none of {len(of_these)}" if not are_twins else _ties(of_these)
             yield VerifyRow(check=check, got=bad or good, limit=limit, ok=not bad)
+
+
+def _check_class(side: Side) -> Iterator[VerifyRow]:
+    """The class that pipelines and the hub take, where `config.json` names one."""
+    said = side.tree.get("architectures")
+    names = [name for name in said if isinstance(name, str)] if isinstance(said, list) else []
+    if names:
+        has_head = any(kind in name for name in names for kind in _WITH_HEAD)
+        yield VerifyRow(
+            check="class in config.json", got=listed(names, ", "),
+            limit="with a masked-LM head" if side.config.has_lm_head else "without one",
+            ok=has_head == side.config.has_lm_head,
+        )  # fmt: skip
 
 
 def _ties(twins: list[Stored]) -> str:

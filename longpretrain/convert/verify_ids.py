@@ -9,6 +9,7 @@ from typing import Any
 from longpretrain.convert.verify_report import VerifyRow
 from longpretrain.convert.verify_side import Side
 from longpretrain.data.tokenizer import ByteLevelBPE, Tokenizer, load_tokenizer
+from longpretrain.data.tokenizer_files import CONFIG
 from longpretrain.files import read_json_object
 from longpretrain.model.listing import printable
 
@@ -19,6 +20,8 @@ _ROLES = {
     "pad_token_id": "pad", "mask_token_id": "mask", "unk_token_id": "unk",
 }  # fmt: skip
 _SHOWN = 3
+_UNLIMITED = 1e15
+"""transformers writes a larger number where a tokenizer has no length."""
 # A vocabulary with so many of another's tokens under its ids is meant to be that one.
 _SHARE = 0.99
 
@@ -32,6 +35,8 @@ def check_ids(side: Side) -> Iterator[VerifyRow]:
     if side.tokenizer is None:
         return
     yield _check_special(side, side.tokenizer)
+    if side.family:
+        yield from _check_length(side)
     wrong = list(_unlike_files(side.path, side.tokenizer)) if side.family else []
     wrong += _unlike_published(side.tokenizer)
     yield VerifyRow(
@@ -81,6 +86,17 @@ def _check_special(side: Side, tokenizer: Tokenizer) -> VerifyRow:
     )  # fmt: skip
 
 
+def _check_length(side: Side) -> Iterator[VerifyRow]:
+    """Of texts that a tokenizer shall cut: longer ones than the model takes end in a crash."""
+    path, longest = side.path / CONFIG, side.config.max_tokens
+    length = read_json_object(path).get("model_max_length") if path.is_file() else None
+    if isinstance(length, int | float) and length < _UNLIMITED:
+        yield VerifyRow(
+            check="longest text of the tokenizer", got=f"{length:,} tokens",
+            limit=f"at most {longest:,}, the positions of the model", ok=length <= longest,
+        )  # fmt: skip
+
+
 def _unlike_files(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
     """What a file of the folder says otherwise than the tokenizer that was made of them."""
     for name, vocab in _vocabularies(folder):
@@ -88,6 +104,22 @@ def _unlike_files(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
         known = {token: tokenizer.vocab[token] for token in vocab if token in shared}
         if different := differing(known, {token: vocab[token] for token in known}):
             yield f"{name}: {some(different)}"
+    if len({*map(tuple, merges := _merges(folder))}) > 1:
+        yield f"merges.txt: not those of tokenizer.json, {len(merges[0])} and {len(merges[1])}"
+
+
+def _merges(folder: Path) -> list[list[str]]:
+    """The merges of a BPE, as each of the files has them that say them."""
+    found = []
+    if (folder / "merges.txt").is_file():
+        lines = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+        found.append([line for line in lines if line and not line.startswith("#version")])
+    if (folder / "tokenizer.json").is_file():
+        model = read_json_object(folder / "tokenizer.json").get("model")
+        merges = model.get("merges") if isinstance(model, dict) else None
+        if isinstance(merges, list):
+            found.append([m if isinstance(m, str) else " ".join(map(str, m)) for m in merges])
+    return found
 
 
 def _vocabularies(folder: Path) -> Iterator[tuple[str, dict[str, int]]]:

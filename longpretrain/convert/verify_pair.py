@@ -10,13 +10,13 @@ import torch
 
 from longpretrain.convert.read import RECORD_NAME
 from longpretrain.convert.verify_alone import check_alone
-from longpretrain.convert.verify_ids import differing, some
+from longpretrain.convert.verify_ids import VECTORS, differing, some
 from longpretrain.convert.verify_origin import origins
 from longpretrain.convert.verify_outputs import OurModel, compare, covering, what
 from longpretrain.convert.verify_report import TensorRow, VerifyReport, VerifyRow, failing
 from longpretrain.convert.verify_side import Side
-from longpretrain.convert.verify_text import LENGTHS, PADDED, tokens, with_padding
-from longpretrain.data.tokenizer import Tokenizer
+from longpretrain.convert.verify_text import LENGTHS, PADDED, TEXT, tokens, with_padding
+from longpretrain.data.tokenizer import ByteLevelBPE, Tokenizer
 from longpretrain.model.listing import listed
 from longpretrain.model.weights import POSITIONS, are_twins
 
@@ -160,6 +160,9 @@ def _check_tokenizers(relation: Relation) -> Iterator[VerifyRow]:
         )
         return
     wrong = [] if one.fingerprint == two.fingerprint else _unlike(one, two)
+    spaces = [getattr(tokenizer, "add_prefix_space", None) for tokenizer in (one, two)]
+    if relation.old.family and relation.new.family and None not in spaces and len({*spaces}) > 1:
+        wrong.append(f"add_prefix_space {spaces[0]} and {spaces[1]}")
     yield VerifyRow(
         check="tokenizers", got=some(wrong) or f"the same {len(two.vocab)} tokens",
         limit="the same", ok=not wrong,
@@ -175,9 +178,18 @@ def _unlike(one: Tokenizer, two: Tokenizer) -> list[str]:
     wrong = differing({n: one.vocab[n] for n in shared}, {n: two.vocab[n] for n in shared})
     if len(shared) < min(len(one.vocab), len(two.vocab)):
         wrong.append(f"{min(len(one.vocab), len(two.vocab)) - len(shared)} tokens only in one")
-    if type(one) is type(two) and not wrong and len(one.vocab) == len(two.vocab):
-        wrong.append("the same vocabulary, otherwise applied")
-    return wrong
+    if one.roles != two.roles:
+        wrong.append(
+            f"special tokens {', '.join(one.roles.names)} and {', '.join(two.roles.names)}"
+        )
+    if isinstance(one, ByteLevelBPE) and isinstance(two, ByteLevelBPE):
+        applied = one.merges == two.merges
+    else:  # one model in two forms: SentencePiece's own, and tokenizer.json
+        applied = not isinstance(one, ByteLevelBPE) and not isinstance(two, ByteLevelBPE)
+        applied = applied and (type(one) is not type(two) or len(one.vocab) != len(two.vocab))
+        texts = (TEXT, *VECTORS)
+        applied = applied and all((one.encode(t) == two.encode(t)).all() for t in texts)
+    return [*wrong, "the same vocabulary, otherwise applied"] if not (wrong or applied) else wrong
 
 
 def _swaps(relation: Relation, tensors: tuple[TensorRow, ...]) -> bool:

@@ -3,6 +3,11 @@
 Text is encoded in parts: the library takes sixteen times its room, and of two tokens that weigh the
 same but for rounding it would choose by all that stands before. Where parts could change a token
 otherwise, the text stays whole.
+
+The ids are the library's own, with which such models were trained. transformers' port of it (the
+tokenizers library) parts company over two rarities: U+0085, white space to it and an unknown
+character here, and a combining mark after a character that the normaliser writes otherwise
+(U+2465 U+0328), which it drops.
 """
 
 from __future__ import annotations

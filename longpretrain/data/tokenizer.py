@@ -5,7 +5,8 @@ Hugging Face folder or a SentencePiece model. The ids are those that transformer
 folder, with three differences on purpose: no special tokens are added, special tokens written out
 in a text are text, and no space is put before the first word. Where a byte-level BPE asks
 transformers for that space (``add_prefix_space``), ``encode`` still goes without it, and ``save``
-passes the wish on; a SentencePiece model puts it itself.
+passes the wish on; a SentencePiece model puts it itself (and reads two rarities otherwise than
+transformers, which its module names).
 """
 
 from __future__ import annotations
@@ -195,10 +196,8 @@ class LibraryTokenizer(Tokenizer):
         roles: tokenizer_files.Roles,
         special: Iterable[str],
     ) -> None:
-        import tokenizers
-
         self._folder = folder
-        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(tree))
+        self._tokenizer = _library_tokenizer(folder, tree)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
@@ -272,6 +271,22 @@ def _load(source: Path) -> Tokenizer:
     return ByteLevelBPE(
         files.vocab, files.merges, roles, files.special, add_prefix_space=files.add_prefix_space
     )
+
+
+def _library_tokenizer(folder: Path, tree: Mapping[str, Any]) -> Any:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(tree))
+    except BaseException as error:  # the library's are of no class of its own, or of Rust
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(
+            f"tokenizer {folder}",
+            got=f"a tokenizer.json that the tokenizers library refuses ({error})",
+            wanted=f"one that tokenizers {tokenizers.__version__} reads",
+            way_out="Load it in the transformers that wrote it, and save it anew.",
+        ) from error
 
 
 def check_text(text: str) -> None:

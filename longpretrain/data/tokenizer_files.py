@@ -23,6 +23,7 @@ ALL = (*DERIVED, *_MODELS)
 # The same vocabulary in its family's own format: other tools look for it.
 _VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", *_MODELS)
 CONFIG = "tokenizer_config.json"
+_MAX_IDS = 1 << 31  # ids are int32
 # transformers' classes that take tokenizer.json as it is, by their old and their new name.
 _AS_IT_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -102,12 +103,10 @@ def read(folder: Path) -> TokenizerFiles:
         InputError: there are none, or they do not parse.
     """
     try:
-        if (folder / "tokenizer.json").is_file():
-            return _read_tokenizer_json(folder)
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            return _read_vocab_and_merges(folder)
-        if (folder / word_piece.VOCAB).is_file():
-            return _read_tokenizer_json(folder)
+        found = _read(folder)
+        if found is not None:
+            _need_ids(folder, found.vocab)
+            return found
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
@@ -124,6 +123,25 @@ def read(folder: Path) -> TokenizerFiles:
         wanted="a folder with a Hugging Face tokenizer",
         way_out="Write one with transformers' save_pretrained(), or take RoBERTa's by naming none.",
     )
+
+
+def _read(folder: Path) -> TokenizerFiles | None:
+    if (folder / "tokenizer.json").is_file():
+        return _read_tokenizer_json(folder)
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return _read_vocab_and_merges(folder)
+    return _read_tokenizer_json(folder) if (folder / word_piece.VOCAB).is_file() else None
+
+
+def _need_ids(folder: Path, vocab: Mapping[str, int]) -> None:
+    odd = [f"{name!r}: {number}" for name, number in vocab.items() if not 0 <= number < _MAX_IDS]
+    if odd:
+        raise InputError(
+            f"tokenizer {folder}",
+            got=f"the id of {', '.join(odd[:5])}",
+            wanted=f"ids from 0 to {_MAX_IDS - 1}",
+            way_out="The file is damaged: get it again from where it came.",
+        )
 
 
 def find_roles(folder: Path, files: TokenizerFiles) -> Roles:
@@ -232,6 +250,7 @@ def copy(source: Path, folder: Path, roles: Roles, max_tokens: int) -> None:
     kept = ("clean_up_tokenization_spaces", "padding_side", "truncation_side", "model_input_names")
     special = [entry["content"] for entry in tree.get("added_tokens") or [] if entry["special"]]
     extra = [name for name in special if name not in roles.names]
+    space = (tree.get("pre_tokenizer") or {}).get("add_prefix_space")
     has_types = tree["model"].get("type") == "WordPiece"  # as only BERT gives a pair of texts
     config = {
         "tokenizer_class": _AS_IT_IS[0],
@@ -242,6 +261,7 @@ def copy(source: Path, folder: Path, roles: Roles, max_tokens: int) -> None:
         ],
         **{key: settings[key] for key in kept if settings.get(key) is not None},
         **roles.config,
+        **({} if space is None else {"add_prefix_space": space}),
         **({"additional_special_tokens": extra} if extra else {}),
     }  # fmt: skip
     write_json(folder / CONFIG, config)
@@ -295,7 +315,9 @@ def _read_tokenizer_json(folder: Path) -> TokenizerFiles:
 
 
 def _adds_prefix_space(folder: Path, tree: Mapping[str, Any]) -> bool:
-    """Whether transformers would: its own classes ask the config, the plain one tokenizer.json."""
+    """Whether transformers would: its own classes ask the config, the plain one tokenizer.json (in
+    transformers 4 the config as well: what we write says the same in both).
+    """
     config = _read_optional(folder / CONFIG)
     named = config.get("tokenizer_class")
     if tree and (named in _AS_IT_IS or not (named or (folder / "config.json").is_file())):

@@ -149,7 +149,7 @@ def read_family(folder: Path | str) -> tuple[Family, dict[str, Any]]:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         *most, last = sorted(FAMILIES)
         raise InputError(
-            f"model type in {path}", got=model_type, wanted=f"{', '.join(most)} or {last}",
+            f"model_type in {path}", got=model_type, wanted=f"{', '.join(most)} or {last}",
             way_out="Models of other families are not read.",
         )  # fmt: skip
     return FAMILIES[model_type], tree

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from longpretrain.errors import InputError
 from longpretrain.files import fresh_folder
+from longpretrain.model.config_keys import KEYS, read_number, read_numbers, told_by_key
 from longpretrain.model.encoder import Encoder, ModelConfig
 from longpretrain.model.families import CONFIG_NAME, Family, read_family
-from longpretrain.model.listing import printable
 from longpretrain.model.lm_head import LongformerForMaskedLM
 from longpretrain.model.skeleton import without_values
 from longpretrain.model.weights import (
@@ -35,27 +35,6 @@ from longpretrain.model.weights import (
 
 _ARCHITECTURES = {"longformer": "Longformer", "roberta": "Roberta"}
 
-# Hugging Face's key -> (ours, what a file means by leaving the key out; None: it must be there)
-_KEYS: dict[str, tuple[str, int | float | None]] = {
-    "vocab_size": ("vocab_size", None),
-    "hidden_size": ("hidden_size", None),
-    "num_hidden_layers": ("num_layers", None),
-    "num_attention_heads": ("num_heads", None),
-    "intermediate_size": ("intermediate_size", None),
-    "max_position_embeddings": ("max_position_embeddings", None),
-    "pad_token_id": ("pad_id", 1),
-    "bos_token_id": ("bos_id", 0),
-    "eos_token_id": ("eos_id", 2),
-    "type_vocab_size": ("type_vocab_size", 2),
-    "layer_norm_eps": ("layer_norm_eps", 1e-12),
-    "hidden_dropout_prob": ("hidden_dropout", 0.1),
-    "attention_probs_dropout_prob": ("attention_dropout", 0.1),
-    "initializer_range": ("initializer_range", 0.02),
-}
-_REALS = {"layer_norm_eps", "hidden_dropout", "attention_dropout", "initializer_range"}
-# Far above any model: a damaged file shall neither fill the memory nor overflow a size.
-_LARGEST = {"num_hidden_layers": 1_000, "num_attention_heads": 1 << 20, "hidden_size": 1 << 20}
-_LARGEST_OF_OTHERS = 1 << 31
 # What the code computes whatever the file says; a file that says otherwise is another model.
 _FIXED = {
     "hidden_act": "gelu",
@@ -98,16 +77,13 @@ def read_config(folder: Path | str) -> ModelConfig:
             )  # fmt: skip
     fields: dict[str, Any] = {"model_type": family.becomes}
     tree |= family.special_ids(folder, tree)
-    for key, (name, usual) in _KEYS.items():
-        number = tree.get(key)
-        default = family.defaults.get(key, usual)
-        fields[name] = _number(path, key, default if number is None else number, name in _REALS)
-    if not family.has_padding_rows:
-        fields["max_position_embeddings"] += fields["pad_id"] + 1
+    fields |= read_numbers(path, tree, family)
     if family.becomes == "longformer":
         fields["attention_window"] = _windows(path, tree, fields["num_layers"])
     fields["has_lm_head"] = _has_lm_head(folder, family, tree)
-    return ModelConfig(**fields, **_own_block(path, tree))
+    fields |= _own_block(path, tree)
+    with told_by_key(path):
+        return ModelConfig(**fields)
 
 
 def config_json(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any]:
@@ -117,7 +93,7 @@ def config_json(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any
         config: the model.
         dtype: of the stored weights, by torch's name.
     """
-    tree: dict[str, Any] = {key: getattr(config, name) for key, (name, _) in _KEYS.items()}
+    tree: dict[str, Any] = {key: getattr(config, name) for key, (name, _) in KEYS.items()}
     tree |= {
         "architectures": [
             _ARCHITECTURES[config.model_type] + ("ForMaskedLM" if config.has_lm_head else "Model")
@@ -338,21 +314,5 @@ def _own_block(path: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
     if "dilation" in block:
         fields["dilation"] = spread(f"dilation in {path}", block["dilation"], 1)
     learnt = block.get("learnt_positions", 0)
-    fields["learnt_positions"] = _number(path, "learnt_positions", learnt, is_real=False)
+    fields["learnt_positions"] = read_number(path, "learnt_positions", learnt)
     return fields
-
-
-def _number(path: Path, key: str, value: object, is_real: bool) -> int | float:
-    kinds = (int, float) if is_real else (int,)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise InputError(
-            f"{key} in {path}", got=value, wanted="a number",
-            way_out="Give a folder that save_pretrained or longpretrain wrote.",
-        )  # fmt: skip
-    largest = _LARGEST.get(key, _LARGEST_OF_OTHERS)
-    if not -largest <= value <= largest:  # NaN is not, either
-        raise InputError(
-            f"{key} in {path}", got=printable(str(value), 40), wanted=f"at most {largest:,}",
-            way_out="Give a folder that save_pretrained or longpretrain wrote.",
-        )  # fmt: skip
-    return value

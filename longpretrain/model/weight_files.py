@@ -43,12 +43,15 @@ def read_files(folder: Path) -> dict[str, Tensor]:
             "Give a folder that save_pretrained or longpretrain wrote.",
         )  # fmt: skip
     found = {}
+    promised = set().union(*(names or () for _, names in files))
     for path, names in files:
         tensors = _read_file(path)
         if names is not None and not names <= tensors.keys():
             lacking = listed([f"no {name}" for name in sorted(names - tensors.keys())], ", ")
             _fail(path, lacking, "what the index lists", _AGAIN)
-        found.update(tensors)
+        # A shard may hold, from an earlier save, what the index says is in another one.
+        own = tensors.keys() - (promised - names if names is not None else set())
+        found.update({name: tensors[name] for name in tensors if name in own})
     return found
 
 

@@ -35,6 +35,7 @@ from longpretrain.model.weight_files import (
 from longpretrain.safetensors_file import save_tensors
 
 __all__ = [
+    "DTYPES",
     "INDEX_NAME",
     "PICKLED_INDEX_NAME",
     "PICKLED_NAME",
@@ -56,6 +57,9 @@ __all__ = [
 ]
 
 SHARD_BYTES = 5_000_000_000
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Of weights that are read; the 8-bit ones have scales elsewhere."""
 
 POSITIONS = "longformer.embeddings.position_embeddings.weight"
 """The position table, by its name in memory."""
@@ -150,7 +154,7 @@ def open_weights(folder: Path | str, config: ModelConfig) -> StoredWeights:
             problems.append(f"no {stored}")
         elif tuple(found[name].shape) != shape:
             problems.append(f"{stored} of shape {tuple(found[name].shape)}, not {shape}")
-        elif not found[name].is_floating_point():
+        elif found[name].dtype not in DTYPES:
             problems.append(f"{stored} of {found[name].dtype}")
     rest = {name: family.in_file(name, prefix) for name in found if name not in shapes}
     left_out = tuple(stored for name, stored in rest.items() if families.is_left_out(name))

@@ -51,7 +51,9 @@ class Attempt:
         if self.output == Path("-"):
             self.output = self.run_dir.with_name(f"{self.run_dir.name}.txt")
         words = [*self.words, f"run.dir={self.run_dir}"]
-        environment = rank_environment() | self.environment
+        # A rank that is killed before it has reached the others is waited for; not so long here.
+        join = {"LONGPRETRAIN_JOIN_TIMEOUT_S": "60"}
+        environment = rank_environment() | join | self.environment
         port = str(free_port())
         if self.way == PLAIN:
             for rank in range(self.ranks):
@@ -129,6 +131,18 @@ class Attempt:
         if not self.output.is_file():  # they have only just been started
             return ""
         return self.output.read_text(encoding="utf-8", errors="replace")
+
+
+def saving(recipe: Path, steps: int, every: int, *more: str) -> list[str]:
+    """Words of a run that saves often, and says which samples each update took."""
+    return [
+        str(recipe),
+        f"schedule.total_steps={steps}",
+        f"checkpoint.every_steps={every}",
+        "evaluate.every_steps=0",
+        "log.sample_ids=true",
+        *more,
+    ]
 
 
 def until(is_so: Callable[[], object], timeout_s: float, pause_s: float = 0.01) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from small_disk import fill, small_disk
 
 from faults import whole
-from faults.attempt import PATIENCE_S, Attempt, until
+from faults.attempt import PATIENCE_S, Attempt, saving, until
 from faults.nursery import Nursery
 from faults.table import Row
 
@@ -29,15 +29,8 @@ class Disks:
 
     def __init__(self, work: Path, recipe: Path, nursery: Nursery) -> None:
         self._work, self._nursery = work, nursery
-        self._words = [
-            str(recipe),
-            f"schedule.total_steps={STEPS}",
-            f"checkpoint.every_steps={EVERY}",
-            "checkpoint.keep=1",
-            "evaluate.every_steps=0",
-            "log.sample_ids=true",
-            f"watchdog.hung_after_s={HUNG_AFTER_S}",
-        ]
+        hung = f"watchdog.hung_after_s={HUNG_AFTER_S}"
+        self._words = saving(recipe, STEPS, EVERY, "checkpoint.keep=1", hung)
         self._reference = work / "reference" / "run"
         with self._attempt(self._reference) as attempt:
             assert attempt.wait(), attempt.said()[-3000:]

@@ -22,7 +22,7 @@ from longpretrain.engine import saver
 
 HIT = "disk fault"
 """What a rank says when it refuses a step."""
-_SAVE = re.compile(r"/(\.step-\d+\.[^/]*(?<!\.old)\.part)")
+_SAVE = re.compile(r"/(\.step-\d+\.[0-9a-f]{8}\.part)")
 """What a save is called until it is whole."""
 STEPS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link"}
 

@@ -19,6 +19,7 @@ from faults.attempt import (
     Attempt,
     of_proc,
     parent_of,
+    saving,
     until,
 )
 from faults.kills import UPDATE, Kill, Watch
@@ -39,13 +40,7 @@ class Mishaps:
     def __init__(self, work: Path, recipe: Path, nursery: Nursery, seed: str) -> None:
         self._work, self._nursery = work, nursery
         self._draw = random.Random(seed)
-        self._words = [
-            str(recipe),
-            f"schedule.total_steps={STEPS}",
-            f"checkpoint.every_steps={EVERY}",
-            "evaluate.every_steps=0",
-            "log.sample_ids=true",
-        ]
+        self._words = saving(recipe, STEPS, EVERY)
         self._reference = work / "reference" / "run"
         with self._attempt("reference") as attempt:
             assert attempt.wait(), attempt.said()[-3000:]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from faults import whole
-from faults.attempt import PATIENCE_S, Attempt, until
+from faults.attempt import PATIENCE_S, Attempt, saving, until
 from faults.hook import HIT
 from faults.kills import went_on_from
 from faults.nursery import Nursery
@@ -35,14 +35,7 @@ class Steps:
 
     def __init__(self, work: Path, recipe: Path, nursery: Nursery, *, steps: int = STEPS) -> None:
         self._work, self._nursery, self._steps = work, nursery, steps
-        self._words = [
-            str(recipe),
-            f"schedule.total_steps={steps}",
-            f"checkpoint.every_steps={EVERY}",
-            "checkpoint.keep=1",
-            "evaluate.every_steps=0",
-            "log.sample_ids=true",
-        ]
+        self._words = saving(recipe, steps, EVERY, "checkpoint.keep=1")
         self._attempts = 0
         self._reference = work / "reference" / "run"
         keep = f"checkpoint.keep_every_steps={steps - EVERY}"
