@@ -1,7 +1,8 @@
 """Saves while training goes on, one rank and a small model: what is saved is what there was when
 the save began; a save that fails costs no more than the save.
 
-On real disks that fill up: test_engine_saver_disks.py. Killed at random moments: tests/faults; at each step on the disk: test_engine_complete.py.
+On real disks that fill up: test_engine_saver_disks.py. Killed at random moments: tests/faults; at
+each step on the disk: test_engine_complete.py.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def test_a_save_that_dies_or_is_refused_midway(
     small_run: Path, tmp_path: Path, nursery: Nursery
 ) -> None:
     steps = Steps(tmp_path, small_run / "recipe.yaml", nursery, steps=8)
-    check(steps.kills(at=[12], ranks=(0,)), steps.refusals(at=[9], ranks=(0,)))
+    check(steps.kills(at=[12], ranks=(0,)), steps.refusals(at=[22], ranks=(0,)))
 
 
 def test_a_rank_lost_while_they_start_is_named(

@@ -52,8 +52,14 @@ def assert_equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
     assert all(tensor.equal(two[name]) for name, tensor in one.items())
 
 
-@pytest.mark.parametrize("other", ["roberta.", "longformer.", "bert.", ""])
-@pytest.mark.parametrize("family", ["camembert", "xlm-roberta", "bert", "longformer"])
+@pytest.mark.parametrize(
+    ("family", "other"),
+    [
+        *((name, other) for name in ("camembert", "longformer") for other in
+          ("roberta.", "longformer.", "")),
+        ("bert", "bert."), ("bert", ""),
+    ],
+)  # fmt: skip
 def test_a_file_may_have_another_prefix_or_none(family: str, other: str, tmp_path: Path) -> None:
     """A Longformer saved under ``roberta.`` loads with new weights in transformers: not here."""
     folder = make_family(tmp_path / "a", family, tokenizer=None)
@@ -66,6 +72,24 @@ def test_a_file_may_have_another_prefix_or_none(family: str, other: str, tmp_pat
     renamed(folder, rename)
     assert_equal(read_tensors(folder), wanted)
     assert load_model(folder).config == read_config(folder)
+
+
+@pytest.mark.parametrize(("family", "other"), [("roberta", "bert"), ("bert", "roberta")])
+def test_a_model_under_another_family_s_name_is_not_read(
+    family: str, other: str, tmp_path: Path
+) -> None:
+    """Its positions would start two rows off, and nothing else would be wrong."""
+    folder = make_family(tmp_path / "a", family, tokenizer=None)
+    edit_config(folder, model_type=other)
+    with pytest.raises(InputError) as told:
+        read_tensors(folder)
+    assert f"{family}.embeddings.LayerNorm.bias, which is no part of it" in str(told.value)
+    head = "lm_head.bias" if family == "roberta" else "cls.predictions.bias"
+    assert f"{head}, which is no part of it" in str(told.value)
+    own = f"{family}."
+    renamed(folder, lambda name: name.replace(own, f"{other}."))
+    with pytest.raises(InputError, match=f"{head}, which is no part of it"):
+        read_tensors(folder)
 
 
 def test_two_prefixes_in_one_file_are_not_read(tmp_path: Path) -> None:

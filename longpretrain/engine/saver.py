@@ -97,6 +97,7 @@ class Saver:
         self._why = ""
         self._share: Share | None = None
         self._save: _Save | None = None
+        self._unremoved: list[Path] = []
         self._called_off = threading.Event()
         self._is_time = self._is_last = False
         if self._rank == 0:
@@ -250,6 +251,9 @@ class Saver:
         for name, tensor in share["model"].items():
             if name not in self._unchecked and not is_finite(tensor):
                 raise FloatingPointError(f"{name} is not finite: weights have overflowed")
+        for left in self._unremoved:
+            if left != part:  # which other ranks write to
+                shutil.rmtree(left, ignore_errors=True)
         try:
             part.mkdir(parents=True, exist_ok=True)
             for kind, tensors in share.items():
@@ -352,6 +356,7 @@ class Saver:
         settings = self._config.checkpoint
         if self._rank == 0:
             shutil.rmtree(save.part, ignore_errors=True)
+            self._unremoved = [left for left in (*self._unremoved, save.part) if left.exists()]
             if is_full:
                 removed = retention.make_room(
                     self._config.run_dir,

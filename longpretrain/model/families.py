@@ -21,7 +21,9 @@ CONFIG_NAME = "config.json"
 POOLER = ("longformer.pooler.dense.weight", "longformer.pooler.dense.bias")
 """What a model without a masked-LM head may have beside its encoder, by the names in memory."""
 
-_PREFIXES = ("longformer.", "roberta.", "bert.", "")
+# A Longformer made by hand is often saved under RoBERTa's prefix; BERT's positions start elsewhere.
+_PREFIXES = ("roberta.", "longformer.", "")
+_FOREIGN = "of another family: "
 _WORDS = "embeddings.word_embeddings.weight"
 _PARTS = ("embeddings.", "encoder.", "pooler.")
 _ROBERTA_HEAD = {"lm_head.": "lm_head."}
@@ -59,7 +61,7 @@ class Family:
     becomes: Literal["longformer", "roberta"]
     """The arithmetic that is theirs."""
     prefix: str
-    """What the names of their encoder begin with; files of another prefix, or none, are read."""
+    """What the names of their encoder begin with, if with anything."""
     head: Mapping[str, str] = field(default_factory=lambda: _ROBERTA_HEAD)
     """How names of the masked-LM head begin: in a file -> in memory."""
     defaults: Mapping[str, int] = field(default_factory=dict)
@@ -70,11 +72,12 @@ class Family:
     def prefix_in(self, stored: Iterable[str]) -> str:
         """What the encoder's names begin with in a file that has these names."""
         stored = set(stored)
-        found = [prefix for prefix in _PREFIXES if prefix + _WORDS in stored]
+        known = _PREFIXES if self.has_padding_rows else (self.prefix, "")
+        found = [prefix for prefix in known if prefix + _WORDS in stored]
         return found[0] if found else self.prefix
 
     def in_memory(self, stored: str, prefix: str) -> str:
-        """The name in memory of a tensor in a file; one that has none keeps its name."""
+        """The name in memory of a tensor in a file; one that has none gets none of a model's."""
         for old, new in _OLD_ENDINGS.items():
             if stored.endswith(old):
                 stored = stored.removesuffix(old) + new
@@ -84,10 +87,13 @@ class Family:
         rest = stored.removeprefix(prefix)
         if stored.startswith(prefix) and rest.startswith(_PARTS):
             return f"longformer.{rest}"
-        return stored
+        is_taken = stored.startswith(("longformer.", "lm_head."))
+        return _FOREIGN + stored if is_taken else stored
 
     def in_file(self, name: str, prefix: str) -> str:
         """The name in a file of a tensor, by its name in memory."""
+        if name.startswith(_FOREIGN):
+            return name.removeprefix(_FOREIGN)
         if name.startswith("longformer."):
             return prefix + name.removeprefix("longformer.")
         for theirs, ours in self.head.items():

@@ -23,7 +23,7 @@ from faults.nursery import Nursery
 from faults.table import Row
 
 SECTION = "Every step of a save on the disk: 2 ranks"
-STEPS, EVERY = 160, 2
+STEPS, EVERY = 128, 2
 """Updates of a run, and between its checkpoints."""
 BEFORE, FIRST, SECOND = 0, 1, 2
 """Of the saves of an attempt; BEFORE the first, leavings are cleared away."""
