@@ -1,8 +1,9 @@
 """A loaded Longformer of Hugging Face's transformers, with our attention in the place of theirs.
 
 Every module keeps its identity, parameters, hooks and the name of its class; it becomes an instance
-of a subclass of its own class, so state dicts, ``save_pretrained``, copies and pickles are as
-before. transformers is not imported: its classes are found on the model.
+of a subclass of its own class, so state dicts, ``save_pretrained`` and copies are as before;
+pickles, too, but they need this package where they are loaded. transformers is not imported: its
+classes are found on the model.
 
 Letters: B batch row, N token, C hidden channel, H head, D number of a head, G slot of a global
 token.

@@ -112,7 +112,7 @@ def _add_convert(verbs: Verbs) -> None:
         "--attention-window",
         type=_integers,
         metavar="W[,W...]",
-        help="total window, even: one number, or one per layer (512, or what fits the positions)",
+        help="total window, even: one number, or one per layer (a Longformer's own, else 512)",
     )
     parser.add_argument(
         "--init",

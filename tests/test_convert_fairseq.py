@@ -165,6 +165,7 @@ def test_a_longformer_goes_to_fairseq_train_and_comes_back(tmp_path: Path) -> No
     torch.manual_seed(2)
     config = dataclasses.replace(LONG, dilation=(1, 1, 2, 3))
     save_model(LongformerForMaskedLM(config), tmp_path / "long")
+    load_tokenizer().save(tmp_path / "long", config.max_tokens)
     out = tmp_path / "out"
     export(tmp_path / "long", out, format="fairseq")
     models, _, _ = checkpoint_utils.load_model_ensemble_and_task([str(out / "model.pt")])
@@ -306,6 +307,7 @@ def test_parameters_with_attributes_and_shared_memory(
 def test_the_command_of_the_card_keeps_trained_globals(tmp_path: Path) -> None:
     config = dataclasses.replace(LONG, hidden_dropout=0.25, attention_dropout=0.0)
     save_model(LongformerForMaskedLM(config), tmp_path / "long")
+    load_tokenizer().save(tmp_path / "long", config.max_tokens)
     export(tmp_path / "long", tmp_path / "out", format="fairseq")
     card = (tmp_path / "out" / "README.md").read_text()
     flags = "--dropout 0.25 --attention-dropout 0.0 --tokens-per-sample 64 --global-tokens first"

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from longpretrain.cli import main
 from longpretrain.convert import convert
-from longpretrain.convert.lengthen import POSITIONS, Init
+from longpretrain.convert.lengthen import POSITIONS
+from longpretrain.convert.position_rows import Init
 from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.model import load_encoder, load_model, read_config, read_tensors
 
@@ -223,7 +224,7 @@ def test_a_longformer_of_4096_tokens_is_lengthened_to_16384(tmp_path: Path) -> N
     target = tmp_path / "long"
     assert main(["convert", str(source), str(target), "--positions", "16384"]) == 0
     config = read_config(target)
-    assert (config.max_position_embeddings, config.attention_window) == (16386, (512,))
+    assert (config.max_position_embeddings, config.attention_window) == (16386, (64,))
     old, new = read_tensors(source), read_tensors(target)
     assert new[POSITIONS][2:].equal(old[POSITIONS][2:].repeat(4, 1))
     assert all(new[name].equal(old[name]) for name in old if name != POSITIONS)

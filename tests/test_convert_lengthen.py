@@ -18,7 +18,8 @@ from torch import Tensor
 
 from longpretrain.cli import main
 from longpretrain.convert import export, lengthen, verify
-from longpretrain.convert.lengthen import POSITIONS, lengthen_positions
+from longpretrain.convert.lengthen import POSITIONS
+from longpretrain.convert.position_rows import lengthen_positions
 from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
 from longpretrain.model import (

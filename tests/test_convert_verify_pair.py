@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longpretrain.cli import main
 from longpretrain.convert import VerifyReport, convert, export, verify
-from longpretrain.convert.lengthen import Init
+from longpretrain.convert.position_rows import Init
 from longpretrain.files import sha256
 from longpretrain.model import read_config, read_tensors, save_model
 

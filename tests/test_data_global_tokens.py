@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from longpretrain.data import global_positions, parse_global_tokens
+from longpretrain.data.global_tokens import global_tokens_of
+from longpretrain.data.tokenizer import load_tokenizer
 from longpretrain.errors import InputError
 
 TOKENS = np.array([0, 5, 9, 5, 7, 9, 2])
@@ -71,3 +73,10 @@ def test_packed_documents_have_each_their_own(policy: str, right: list[int]) -> 
     found = global_positions(tokens, parse_global_tokens(policy), position)
     assert found.dtype == np.int32
     assert found.tolist() == right
+
+
+@pytest.mark.parametrize(("text", "says"), [("ids_5_50265", "[50265]"), ("ids_50264", "the mask")])
+def test_ids_that_no_text_has_are_refused(text: str, says: str) -> None:
+    with pytest.raises(InputError) as error:
+        global_tokens_of(text, load_tokenizer())
+    assert says in str(error.value)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longpretrain.convert import lengthen
-from longpretrain.convert.lengthen import POSITIONS, Init
+from longpretrain.convert.lengthen import POSITIONS
+from longpretrain.convert.position_rows import Init
 from longpretrain.errors import InputError
 from longpretrain.model import (
     LongformerForMaskedLM,

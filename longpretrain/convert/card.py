@@ -66,6 +66,7 @@ def card(
     how = use(
         name, config, library=library, global_tokens=global_tokens,
         has_pooler=POOLER[0] in tensors, dtype=None if stored == "float32" else stored,
+        has_tokenizer=source.tokenizer() is not None,
     )  # fmt: skip
     parameters = sum(tensor.numel() for tensor in tensors.values())
     sections = [
@@ -168,6 +169,8 @@ def _without_folders(tree: Any) -> Any:
     """A recipe in which absolute paths are cut to their last part: a card is for strangers."""
     if isinstance(tree, Mapping):
         return {key: _without_folders(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_without_folders(value) for value in tree]
     if isinstance(tree, str) and Path(tree).is_absolute():
         return Path(tree).name
     return tree

@@ -24,14 +24,14 @@ from longpretrain.errors import InputError
 from longpretrain.model import LongformerForMaskedLM, ModelConfig, read_config
 from longpretrain.model.folder import changed
 from longpretrain.model.listing import listed
-from longpretrain.model.weights import POSITIONS
+from longpretrain.model.weights import DTYPES, POSITIONS, WORDS
 
 _BIAS = "lm_head.bias"
 _LARGEST = 1_000_000  # of any size: a damaged one shall not fill the memory
 _EPS = 1e-5
 _SPECIAL_IDS = {"bos_id": 0, "pad_id": 1, "eos_id": 2}
 _WINDOW = 512  # of a new model of the plugin
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_TRAIN_ONLY = ("all", "new_positions")
 _AS_WRITTEN = "Give a checkpoint as fairseq-train wrote it."
 
 
@@ -88,8 +88,8 @@ def from_checkpoint(checkpoint: Checkpoint) -> FairseqModel:
     stored = names.fairseq_names(sizes["num_layers"])
     decoder = found.pop(names.LM_WEIGHT, None)
     _need_names(checkpoint.path, found, list(stored.values()))
-    words, table = found[stored[names.WORDS]], found[stored[POSITIONS]]
-    tables = {stored[names.WORDS]: words, stored[POSITIONS]: table}
+    words, table = found[stored[WORDS]], found[stored[POSITIONS]]
+    tables = {stored[WORDS]: words, stored[POSITIONS]: table}
     odd = [f"{n} of shape {tuple(t.shape)}" for n, t in tables.items() if t.dim() != 2]
     _need_none(checkpoint.path, odd, "tables of rows")
     config = ModelConfig(
@@ -132,7 +132,7 @@ def to_checkpoint(
         options |= {"_name": "longformer", "attention_window": list(config.attention_window)}
         options["dilation"] = list(config.dilation)
         task |= {"_name": "long_masked_lm", "model_path": "", "global_tokens": global_tokens}
-        own |= {"lm_head.decoder.weight": own[names.WORDS], "lm_head.decoder.bias": own[_BIAS]}
+        own |= {"lm_head.decoder.weight": own[WORDS], "lm_head.decoder.bias": own[_BIAS]}
         found = {f"{names.PLUGIN_PREFIX}{name}": tensor for name, tensor in own.items()}
     else:
         if types[0].any():
@@ -141,7 +141,7 @@ def to_checkpoint(
             notes.append("token types: added to every position row, as fairseq has none")
         stored = names.fairseq_names(config.num_layers)
         found = {theirs: own[ours] for ours, theirs in stored.items()}
-        found[names.LM_WEIGHT] = own[names.WORDS]
+        found[names.LM_WEIGHT] = own[WORDS]
         found[names.VERSION] = torch.tensor([3.0])
         options |= {"_name": "roberta", "arch": "roberta", **names.FIXED_OPTIONS}
         task["_name"] = "masked_lm"
@@ -180,6 +180,9 @@ def _from_plugin(checkpoint: Checkpoint) -> FairseqModel:
     found = names.plugin_names(path, checkpoint.tensors)
     given = checkpoint.task_options.get("model_path") or ""
     policy = checkpoint.task_options.get("global_tokens", "none")
+    train_only = checkpoint.task_options.get("train_only", "all")
+    if train_only not in _TRAIN_ONLY:
+        _refuse_option(path, "task.train_only", train_only, " or ".join(_TRAIN_ONLY))
     for name, value in (("model_path", given), ("global_tokens", policy)):
         if not isinstance(value, str):
             _refuse_option(path, f"task.{name}", value, "a text")
@@ -194,12 +197,12 @@ def _from_plugin(checkpoint: Checkpoint) -> FairseqModel:
     twins = [found.pop(f"lm_head.decoder.{kind}", None) for kind in ("weight", "bias")]
     _need_names(path, found, list(stored))
     _need_shapes(path, found, config, stored)
-    for twin, name in zip(twins, (names.WORDS, _BIAS), strict=True):
+    for twin, name in zip(twins, (WORDS, _BIAS), strict=True):
         _need_twins(path, twin, found[name])
     return FairseqModel(
         config=config, tensors=found, is_plugin=True, model_path=model_path,
         global_tokens=policy, notes=_notes([], options),
-        train_only=str(checkpoint.task_options.get("train_only", "all")),
+        train_only=train_only,
     )  # fmt: skip
 
 
@@ -309,7 +312,7 @@ def _need_shapes(
         tensor, theirs = tensors[name], stored.get(name, name)
         if tuple(tensor.shape) != wanted:
             problems.append(f"{theirs} of shape {tuple(tensor.shape)}, not {wanted}")
-        elif tensor.dtype not in _DTYPES:
+        elif tensor.dtype not in DTYPES:
             problems.append(f"{theirs} of {tensor.dtype}")
     _need_none(path, problems, "the shapes that its options name")
 

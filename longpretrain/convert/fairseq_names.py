@@ -15,9 +15,8 @@ from torch import Tensor
 
 from longpretrain.convert.shown import shown
 from longpretrain.errors import InputError
-from longpretrain.model.weights import POSITIONS
+from longpretrain.model.weights import POSITIONS, WORDS
 
-WORDS = "longformer.embeddings.word_embeddings.weight"
 TYPES = "longformer.embeddings.token_type_embeddings.weight"
 LM_WEIGHT = "encoder.lm_head.weight"
 """The decoder: in fairseq's files the word embeddings once more, under a second name."""

@@ -11,11 +11,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from longpretrain.convert.position_rows import Init, lengthen_positions, position_origin
 from longpretrain.convert.read import RECORD_NAME, hashes
 from longpretrain.convert.room import told_if_full
 from longpretrain.convert.source import Source, open_source
@@ -25,8 +26,6 @@ from longpretrain.model import ModelConfig
 from longpretrain.model.families import POOLER
 from longpretrain.model.folder import spread, write_model
 from longpretrain.model.weights import POSITIONS
-
-Init = Literal["copy", "random", "interpolate"]
 
 MAX_POSITIONS = 1 << 24
 """Far above any use; a table of more would not fit into memory."""
@@ -110,7 +109,8 @@ def convert(
         target: the folder to make: whole, or not at all.
         positions: tokens that the new model can place; more or fewer than the source's.
         attention_window: both sides together, even, at most ``positions``; one number, or one per
-            layer. None: 512, or the largest that fits.
+            layer. None: a Longformer's own; else, or where these do not fit,
+            512 or the largest that does.
         init: how to make the position rows.
         seed: of the random rows, and of a new head.
         tokenizer: a folder with the tokenizer to take instead of the source's own.
@@ -133,7 +133,9 @@ def convert(
     new = _long_config(old, positions, attention_window)
     learnt = _learnt(origin, new, init)
     new = dataclasses.replace(new, learnt_positions=learnt, has_lm_head=old.has_lm_head or new_head)
-    request = _request(origin, new, init, seed, with_tokenizer=need_tokenizer)
+    request = _request(
+        origin, new, init, seed, with_tokenizer=need_tokenizer, allow_nonfinite=allow_nonfinite
+    )
     _need_tokenizer(origin, tokenizer, need_tokenizer)
     report = Report(
         target=target, up_to_date=_is_done(target, request), origins={}, notes=origin.notes,
@@ -150,39 +152,6 @@ def convert(
         (fresh / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     notes = (*origin.notes, *id_notes, *_head_notes(origin, new))
     return dataclasses.replace(report, origins=origins, notes=notes)
-
-
-def lengthen_positions(
-    table_PC: Tensor, *, positions: int, kept: int, init: Init, deviation: float, seed: int
-) -> Tensor:
-    """A position table with ``kept + positions`` rows.
-
-    Args:
-        table_PC: the learnt table; P rows of C channels, the first ``kept`` of them for padding.
-        positions: rows for tokens in the new table.
-        kept: rows that stay as they are.
-        init: as in ``convert``.
-        deviation: standard deviation of random rows.
-        seed: of random rows.
-    """
-    padding_PC, learnt_PC = table_PC[:kept], table_PC[kept:]
-    number = torch.arange(positions)
-    if init == "interpolate":
-        last = len(learnt_PC) - 1
-        place = number.double() * last / max(positions - 1, 1)
-        below = place.long()
-        share = (place - below)[:, None].to(table_PC.dtype)
-        low_PC, high_PC = learnt_PC[below], learnt_PC[(below + 1).clamp(max=last)]
-        # Where the place is a whole number this is the row itself, bit for bit.
-        rows_PC = low_PC + share * (high_PC - low_PC)
-    else:
-        rows_PC = learnt_PC[number % len(learnt_PC)]
-    if init == "random" and positions > len(learnt_PC):
-        generator = torch.Generator().manual_seed(seed)
-        count = positions - len(learnt_PC)
-        drawn_PC = torch.randn(count, table_PC.shape[1], generator=generator)
-        rows_PC[len(learnt_PC) :] = (drawn_PC * deviation).to(table_PC.dtype)
-    return torch.cat([padding_PC, rows_PC])
 
 
 def _need_tokenizer(source: Source, given: Path | str | None, needed: bool) -> None:
@@ -245,11 +214,11 @@ def _long_config(
             "positions", got=positions, wanted=f"1 or more tokens, at most {MAX_POSITIONS:,}",
             way_out="4096 is the paper's.",
         )  # fmt: skip
+    explicit = attention_window is not None
     if attention_window is None:
-        attention_window = max(2, min(_WINDOW, positions // 2 * 2))
-        explicit = False
-    else:
-        explicit = True
+        widest = max(2, positions // 2 * 2)
+        own = old.attention_window if max(old.attention_window, default=0) <= widest else ()
+        attention_window = list(own) or min(_WINDOW, widest)
     windows = attention_window if isinstance(attention_window, int) else list(attention_window)
     new = dataclasses.replace(
         old,
@@ -278,7 +247,13 @@ def _learnt(source: Source, new: ModelConfig, init: Init) -> int:
 
 
 def _request(
-    source: Source, new: ModelConfig, init: Init, seed: int, *, with_tokenizer: bool
+    source: Source,
+    new: ModelConfig,
+    init: Init,
+    seed: int,
+    *,
+    with_tokenizer: bool,
+    allow_nonfinite: bool,
 ) -> dict[str, Any]:
     """All that decides the outcome, for the record beside it."""
     if init not in _INITS:
@@ -298,6 +273,7 @@ def _request(
         "seed": seed if init == "random" or draws_head else None,
         "new_head": True if draws_head else None,
         "tokenizer": None if with_tokenizer else "none",
+        "allow_nonfinite": allow_nonfinite or None,
     }
 
 
@@ -324,7 +300,8 @@ def _long_state(
         state[POSITIONS], positions=new.max_tokens, kept=kept, init=init,
         deviation=old.initializer_range, seed=seed,
     )  # fmt: skip
-    origins[POSITIONS] = _position_origin(old.max_tokens, new.max_tokens, kept, init)
+    known = old.learnt_positions or old.max_tokens
+    origins[POSITIONS] = position_origin(old.max_tokens, known, new.max_tokens, kept, init)
     return state, origins
 
 
@@ -352,19 +329,6 @@ def _global_names(names: Iterable[str]) -> list[tuple[str, str]]:
         for part in ("query", "key", "value")
         if f".attention.self.{part}." in name
     ]
-
-
-def _position_origin(old: int, new: int, kept: int, init: Init) -> str:
-    if new <= old and init != "interpolate":
-        how = f"the first {new} of {old} learnt rows"
-    else:
-        how = {
-            "copy": f"{old} learnt rows copied end to end over {new}",
-            "random": f"{old} learnt rows and {new - old} random ones",
-            "interpolate": f"{old} learnt rows interpolated to {new}",
-        }[init]
-    rows = f"rows 0 to {kept - 1}" if kept > 1 else "row 0"
-    return f"position embeddings: {how}; {rows} kept"
 
 
 def _is_done(target: Path, request: Mapping[str, Any]) -> bool:

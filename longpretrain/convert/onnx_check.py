@@ -15,17 +15,18 @@ from torch import Tensor
 
 from longpretrain.convert.onnx_file import MODEL_NAME, OPSET, check_file
 from longpretrain.convert.onnx_graph import input_names, output_name
+from longpretrain.convert.verify_outputs import OurModel
 from longpretrain.convert.verify_report import LOGIT_LIMIT, VerifyRow
 from longpretrain.convert.verify_text import tokens
 from longpretrain.data.tokenizer import Tokenizer
-from longpretrain.model import LongformerForMaskedLM, ModelConfig
-from longpretrain.model.encoder import Encoder
-from longpretrain.model.skeleton import without_values
+from longpretrain.model import ModelConfig
 
 _LENGTHS = (1, 511, 512, 513, 4096)
 """Beside the longest. Around 512 lie seams of blocks, and the end of a short model's positions."""
 _BATCH_LENGTH = 600
 """Tokens of a row of the batches: more than a block, and no multiple of one."""
+_MOST_NUMBERS = 1 << 30
+"""Of logits, of one input: 4 GiB, and the runtime makes them twice."""
 _PIECE = 512
 """Rows of logits compared at once: those of 4,096 tokens are 0.8 GB already."""
 
@@ -78,13 +79,13 @@ def check_onnx(
         got=f"other inputs: {', '.join(fixed)}" if fixed else f"opset {OPSET}",
         limit="[batch, sequence] free", ok=not fixed,
     )  # fmt: skip
-    encoder, model = _ours(config, weights, dtype)
+    model = OurModel(config, {name: tensor.to(dtype) for name, tensor in weights.items()})
     for case in cases(tokenizer, config):
         theirs_TV = _run(session, case)
         if isinstance(theirs_TV, str):
             got, ok = theirs_TV, False
         else:
-            difference = _difference(encoder, model, case, theirs_TV)
+            difference = _difference(model, case, theirs_TV)
             got, ok = f"{difference:.1e}", difference <= LOGIT_LIMIT
         yield VerifyRow(
             check=f"{output_name(config).replace('_', ' ')}, {case.name}", got=got,
@@ -93,10 +94,18 @@ def check_onnx(
 
 
 def cases(tokenizer: Tokenizer | None, config: ModelConfig) -> Iterator[Case]:
-    """Every length, padding, and global tokens where the model has any."""
+    """Every length, padding, and global tokens where the model has any.
+
+    A long model of many words is compared as far as its logits fit into memory.
+    """
     longest = config.max_tokens
+    if config.has_lm_head:
+        longest = min(longest, max(1, _MOST_NUMBERS // config.vocab_size))
     for length in sorted({*(n for n in _LENGTHS if n <= longest), longest}):
-        yield _case(tokenizer, config, f"{length} token{chr(115) * (length > 1)}", [length], [])
+        name = f"{length} token" if length == 1 else f"{length} tokens"
+        if length == longest < config.max_tokens:
+            name += f" (of {config.max_tokens}: logits of more take too much memory)"
+        yield _case(tokenizer, config, name, [length], [])
     length = min(_BATCH_LENGTH, longest)
     lengths = [length, length // 2 + 1]
     yield _case(tokenizer, config, f"2 rows of {length} tokens, one padded", lengths, [])
@@ -137,24 +146,6 @@ def _session(path: Path) -> Any:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _ours(
-    config: ModelConfig, weights: Mapping[str, Tensor], stored: torch.dtype
-) -> tuple[Encoder, LongformerForMaskedLM | None]:
-    """The encoder, and the model around it if it has a head."""
-    real = {name: tensor.to(stored).to(torch.float32) for name, tensor in weights.items()}
-    with without_values():
-        model = LongformerForMaskedLM(config) if config.has_lm_head else None
-        encoder = model.longformer if model is not None else Encoder(config)
-    names = [name for name, _ in encoder.named_parameters()]
-    encoder.load_state_dict({name: real[f"longformer.{name}"] for name in names}, assign=True)
-    if model is not None:
-        own = {name: tensor for name, tensor in real.items() if name.startswith("lm_head.")}
-        model.load_state_dict(own, strict=False, assign=True)
-        model.tie_weights()
-        model.eval()
-    return encoder.eval(), model
-
-
 def _run(session: Any, case: Case) -> Tensor | str:
     """The output, a row per token, or what onnxruntime says where it fails."""
     whole = (case.ids_BN, case.mask_BN, case.globals_BN)
@@ -169,19 +160,16 @@ def _run(session: Any, case: Case) -> Tensor | str:
     return torch.from_numpy(output).flatten(0, 1)
 
 
-def _difference(
-    encoder: Encoder, model: LongformerForMaskedLM | None, case: Case, theirs_TV: Tensor
-) -> float:
+def _difference(model: OurModel, case: Case, theirs_TV: Tensor) -> float:
     """The largest absolute one, of all rows: padding too. NaN if either has one."""
     with torch.no_grad():
-        x_BNC = encoder(
+        x_BNC = model.encoder(
             case.ids_BN, padding_BN=case.mask_BN == 0, global_index_BG=_global_index(case)
         )
         x_TC = x_BNC.flatten(0, 1)
         pieces = []
         for ours, theirs in zip(_pieces(x_TC), _pieces(theirs_TV), strict=True):
-            wanted = ours if model is None else model.lm_head(ours)
-            pieces.append((wanted - theirs).abs().max())
+            pieces.append((model.head(ours) - theirs).abs().max())
     return float(torch.stack(pieces).max())
 
 

@@ -14,7 +14,6 @@ from longpretrain.convert.source import Source
 from longpretrain.convert.verify_report import VerifyReport
 from longpretrain.errors import InputError
 from longpretrain.model import ModelConfig
-from longpretrain.model.families import POOLER
 from longpretrain.model.folder import write_config
 
 
@@ -84,8 +83,6 @@ def write_onnx(
 
     config, tensors = model
     notes = []
-    if POOLER[0] in tensors:
-        notes.append("without the pooler: the graph gives out the hidden states of all tokens")
     if dtype == torch.float16:
         notes.append("weights are stored in fp16 and computed with in fp32")
     graph = build_graph(config, tensors, dtype=dtype)

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from longpretrain.convert.verify_outputs import OurModel, what
 from longpretrain.errors import InputError
 from longpretrain.mapped import release
-from longpretrain.model import LongformerForMaskedLM, ModelConfig
+from longpretrain.model import ModelConfig
 from longpretrain.model.listing import listed
-from longpretrain.model.skeleton import without_values
 
 DTYPES: Mapping[str, torch.dtype] = {
     "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32,
@@ -66,7 +66,7 @@ def need_representable(
     for name, tensor in tensors.items():
         if tensor.dtype == dtype:
             continue
-        types.add(_short(tensor.dtype))
+        types.add(name_of(tensor.dtype))
         if not is_rounded(tensor, dtype):
             continue
         most = max((_most_beyond(piece, dtype, loss) for piece in _pieces(tensor)), default=0.0)
@@ -78,7 +78,7 @@ def need_representable(
         limit = torch.finfo(dtype).max
         way_out = "Say --dtype bf16, whose range is that of fp32." if limit < 1e5 else ""
         raise InputError(
-            f"weights of {where} in {_short(dtype)}",
+            f"weights of {where} in {name_of(dtype)}",
             got=f"{largest:.6g} as the largest of {listed(beyond, ', ')}",
             wanted=f"at most {limit:.5g} in every number",
             way_out=way_out or "Keep the type that the source has: leave --dtype out.",
@@ -86,8 +86,8 @@ def need_representable(
     if not types:
         return ()
     if loss.numbers == 0:
-        return (f"stored in {_short(dtype)}, with the numbers of {' and '.join(sorted(types))}",)
-    note = f"rounded to {_short(dtype)} from {' and '.join(sorted(types))}"
+        return (f"stored in {name_of(dtype)}, with the numbers of {' and '.join(sorted(types))}",)
+    note = f"rounded to {name_of(dtype)} from {' and '.join(sorted(types))}"
     if loss.small:
         tiny = torch.finfo(dtype).tiny
         note += (
@@ -111,26 +111,12 @@ def effect(
         after: the same, rounded.
         tokens_BN: what it is computed on.
     """
-    was, now = (_computed(config, tensors, tokens_BN) for tensors in (before, after))
-    what = "logits" if config.has_lm_head else "hidden states"
+    was, now = (OurModel(config, tensors).output(tokens_BN) for tensors in (before, after))
     moved, reach = float((now - was).abs().max()), float(was.abs().max())
     length = tokens_BN.shape[1]
-    return f"{what} move by up to {moved:.1e}, where they reach {reach:.3g} ({length} tokens)"
-
-
-def _computed(config: ModelConfig, tensors: Mapping[str, Tensor], tokens_BN: Tensor) -> Tensor:
-    with without_values():
-        whole = LongformerForMaskedLM(config)
-    model = whole if config.has_lm_head else whole.longformer
-    prefix = "" if config.has_lm_head else "longformer."
-    names = [name for name, _ in model.named_parameters()]
-    own = {name: tensors[prefix + name].to(torch.float32).contiguous() for name in names}
-    model.load_state_dict(own, strict=False, assign=True)
-    if config.has_lm_head:
-        whole.tie_weights()
-    with torch.no_grad():
-        out: Tensor = model.eval()(tokens_BN)
-    return out
+    return (
+        f"{what(config)} move by up to {moved:.1e}, where they reach {reach:.3g} ({length} tokens)"
+    )
 
 
 def _most_beyond(piece: Tensor, dtype: torch.dtype, loss: _Loss) -> float:
@@ -150,6 +136,7 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     return (flat[start : start + _PIECE] for start in range(0, flat.numel(), _PIECE))
 
 
-def _short(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
+    """What people call a type: as the command line does, if it has a word for it."""
     names = {kind: name for name, kind in DTYPES.items()}
     return names.get(dtype, str(dtype).removeprefix("torch."))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from longpretrain.model.listing import printable
+
 _LONGEST = 100
 
 
@@ -18,5 +20,4 @@ def shown(value: object, longest: int = _LONGEST) -> str:
         return f"a {type(value).__name__}"
     if value is not None and not isinstance(value, str | bool | int | float | Path):
         return "an object that does not read"
-    text = "".join(c if c.isprintable() else "?" for c in str(value))
-    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+    return printable(str(value), longest)

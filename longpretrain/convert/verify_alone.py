@@ -13,17 +13,22 @@ from longpretrain.convert.shown import shown
 from longpretrain.convert.verify_ids import check_ids
 from longpretrain.convert.verify_positions import repeats
 from longpretrain.convert.verify_report import TensorRow, VerifyRow
-from longpretrain.convert.verify_side import WORDS, Side, Stored
+from longpretrain.convert.verify_side import Side, Stored
 from longpretrain.files import sha256
 from longpretrain.model.families import POOLER
 from longpretrain.model.listing import listed
-from longpretrain.model.weights import POSITIONS, TIED
+from longpretrain.model.weights import POSITIONS, TIED, WORDS
 
 _SAMPLE = 4096
 _PARTNER = {"weight": "bias", "bias": "weight"}
 """Parts of one module."""
 _FEWEST = 16
 """Numbers of a tensor that tell something of how they were rounded."""
+_KEY_BIASES = (".self.key.bias", ".self.key_global.bias")
+"""Attention's softmax does not see them: their gradients are zero but for rounding."""
+_MAY_STAND = (*_KEY_BIASES, "LayerNorm.weight", "layer_norm.weight")
+"""What a young training may leave as it was: these, and numbers from 1 to 2, which an update of a
+learning rate that still warms up is too small to move."""
 _WITH_HEAD = ("ForMaskedLM", "ForPreTraining")
 _SMALLEST = 1e-30
 """Of a number that a training leaves; memory that nobody filled often holds smaller ones."""
@@ -127,7 +132,8 @@ def _rounded(side: Side) -> list[tuple[Stored, str]]:
     """Tensors whose numbers all fit a narrower type, where others' do not.
 
     A part that stood still in a training may be all that is left of a file in 16 bits: tables, the
-    pooler (MiniLM's is so), global projections. A weight may not whose own bias has more digits.
+    pooler (MiniLM's is so), global projections, ``_MAY_STAND``. Another weight may not whose own
+    bias has more digits.
     """
     narrow = {
         stored.in_memory: (stored, _narrowest(stored.tensor))
@@ -138,7 +144,8 @@ def _rounded(side: Side) -> list[tuple[Stored, str]]:
     for name, (stored, named) in narrow.items():
         module, _, part = name.rpartition(".")
         partner = narrow.get(f"{module}.{_PARTNER[part]}")
-        if partner is None or name in POOLER or "_global." in name:
+        stands = name in POOLER or "_global." in name or name.endswith(_MAY_STAND)
+        if partner is None or stands:
             continue
         if named and _is_drawn(stored.tensor) and not partner[1] and _is_drawn(partner[0].tensor):
             found.append((stored, named))
@@ -205,14 +212,17 @@ def _check_tokens_rows(table_PC: Tensor, kept: int) -> VerifyRow:
 def _check_globals(side: Side) -> VerifyRow:
     """All copies of the local projections, or none: half of them is a slip.
 
-    Of a tensor that is all zeros, as new biases are, nothing can be told.
+    Of a tensor that is all zeros, as new biases are, nothing can be told; of a key's bias that is
+    a copy neither, as a training may leave both as they were.
     """
     alike: list[str] = []
     own: list[str] = []
     for name, tensor in side.tensors.items():
         local = side.tensors.get(name.replace("_global.", "."))
         if "_global." in name and local is not None and _is_drawn(tensor):
-            (alike if torch.equal(tensor, local) else own).append(name)
+            is_copy = torch.equal(tensor, local)
+            if not (is_copy and name.endswith(_KEY_BIASES)):
+                (alike if is_copy else own).append(name)
     odd = own if len(own) <= len(alike) else alike
     what = "no copy" if odd is own else "a copy"
     mixed = bool(own and alike)

@@ -37,6 +37,21 @@ class OurModel:
             self._model.tie_weights()
         self._model.eval()
 
+    @property
+    def encoder(self) -> Encoder:
+        """The model without its head."""
+        whole = self._model
+        return whole.longformer if isinstance(whole, LongformerForMaskedLM) else whole
+
+    def head(self, hidden_TC: Tensor) -> Tensor:
+        """What the encoder's output becomes: logits TV, or itself where there is no head."""
+        whole = self._model
+        if not isinstance(whole, LongformerForMaskedLM):
+            return hidden_TC
+        with torch.no_grad():
+            logits_TV: Tensor = whole.lm_head(hidden_TC)
+        return logits_TV
+
     def output(
         self, tokens_BN: Tensor, padding_BN: Tensor | None = None, *, global_first: bool = False
     ) -> Tensor:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longpretrain.convert.lengthen import MAX_SEED, Init, lengthen_positions
+from longpretrain.convert.lengthen import MAX_SEED
+from longpretrain.convert.position_rows import Init, lengthen_positions
 
 _FEWEST_TRAINED = 8
 """New rows that a training may have changed while later ones stand still; fewer are a damage."""

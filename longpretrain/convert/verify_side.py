@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from longpretrain.convert.read import RECORD_NAME, has_tokenizer
@@ -27,16 +26,16 @@ from longpretrain.model import (
 from longpretrain.model.families import POOLER, Family, is_left_out, is_no_weight, read_family
 from longpretrain.model.weight_files import read_files
 from longpretrain.model.weights import (
+    DTYPES,
     POSITIONS,
     TIED,
     are_twins,
+    pooler_shapes,
     shapes_in_files,
     with_padding_rows,
 )
 
-WORDS = "longformer.embeddings.word_embeddings.weight"
 TYPES = "longformer.embeddings.token_type_embeddings.weight"
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +147,7 @@ def _of_folder(source: Source) -> Side:
     names = {stored: family.in_memory(stored, prefix) for stored in files}
     shapes = shapes_in_files(config, family)
     if not config.has_lm_head and POOLER[0] in names.values():
-        width = config.hidden_size
-        shapes |= dict(zip(POOLER, ((width, width), (width,)), strict=True))
+        shapes |= pooler_shapes(config)
     tensors = {name: files[in_file] for in_file, name in names.items()}
     stored, left_out = [], []
     found: dict[str, Tensor] = {}
@@ -198,7 +196,7 @@ def _problem(
         return "no part of the model", "no such tensor"
     if tuple(tensor.shape) != shapes[first]:
         return f"shape {tuple(tensor.shape)}", f"{shapes[first]} (config.json)"
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
         return f"numbers of {tensor.dtype}", "floating-point numbers of 16 bits or more"
     if name in TIED and not are_twins(tensors.get(first, tensor), tensor):
         return f"unlike {first}", "tied to it: the same numbers"

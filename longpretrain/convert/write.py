@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,13 @@ from longpretrain.convert.card import CARD_NAME, MARK, card
 from longpretrain.convert.fairseq_dictionary import DICTIONARY_NAME
 from longpretrain.convert.fairseq_model import need_fairseq_expressible
 from longpretrain.convert.onnx_folder import need_onnx, stored_dtype, write_onnx
-from longpretrain.convert.precision import dtype_named, effect, is_rounded, need_representable
+from longpretrain.convert.precision import (
+    dtype_named,
+    effect,
+    is_rounded,
+    name_of,
+    need_representable,
+)
 from longpretrain.convert.read import need_expressible
 from longpretrain.convert.room import told_if_full
 from longpretrain.convert.source import Source, open_source
@@ -54,7 +60,9 @@ def export(
     transformers; a fairseq checkpoint, as this package does without fairseq, by reading it back.
 
     A Hugging Face folder is written tensor by tensor, in little memory. Its check is not: it holds
-    the model twice in fp32, ours and transformers', and a third time where ``dtype`` rounds.
+    the model twice in fp32, ours and transformers', and a third time where ``dtype`` rounds. That
+    of an ONNX file holds it twice, and the logits of one input at a time, which the runtime makes
+    twice: up to 2**30 numbers, 4 GiB, as it compares no more tokens at once than give as many.
 
     Args:
         source: a run (its newest checkpoint is taken), a checkpoint, a model folder, or a fairseq
@@ -124,6 +132,7 @@ def _planned(
 ) -> _Plan:
     _need_known("format", format, _FORMATS)
     source = open_source(path, tokenizer=tokenizer)
+    has_tokenizer = source.tokenizer() is not None
     has_head = source.config.has_lm_head and not is_bare
     config = dataclasses.replace(source.config, has_lm_head=has_head)
     if format == "onnx":
@@ -134,12 +143,19 @@ def _planned(
     tensors = source.weights()
     if not has_head:
         tensors = {name: tensor for name, tensor in tensors.items() if not is_of_a_head(name)}
+    if format == "hf" and dtype is None:
+        _need_one_type(source.path, tensors)
     dtype = stored_dtype(tensors, dtype) if format == "onnx" else dtype
+    lacks = (
+        [] if has_tokenizer else ["no tokenizer: the source has none (--tokenizer DIR gives one)"]
+    )
+    lacks += _notes_of_bare(format, source.config, config, tensors)
+    if format == "onnx":  # the graph has none
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in POOLER}
     lost = need_representable(source.path, tensors, dtype) if dtype else ()
-    bare = _notes_of_bare(format, source.config, config, tensors)
     return _Plan(
         source=source, format=format, config=config, tensors=tensors, dtype=dtype,
-        global_tokens=_global_tokens(source, tensors), notes=(*source.notes, *bare, *lost),
+        global_tokens=_global_tokens(source, tensors), notes=(*source.notes, *lacks, *lost),
     )  # fmt: skip
 
 
@@ -178,16 +194,29 @@ def _need_known(what: str, got: str, wanted: Iterable[str]) -> None:
         )  # fmt: skip
 
 
+def _need_one_type(where: Path, tensors: Mapping[str, Tensor]) -> None:
+    """config.json names one type for all weights."""
+    found = sorted({name_of(tensor.dtype) for tensor in tensors.values()})
+    if len(found) > 1:
+        raise InputError(
+            f"weights of {where}", got=f"numbers of {' and '.join(found)}",
+            wanted="one type, as transformers loads them in",
+            way_out="Say --dtype fp32, or the type that you want.",
+        )  # fmt: skip
+
+
 def _notes_of_bare(
     format: str, old: ModelConfig, new: ModelConfig, tensors: dict[str, Tensor]
-) -> tuple[str, ...]:
+) -> list[str]:
     """What a folder of the bare encoder lacks, and how to load it then."""
     if new.has_lm_head:
-        return ()
+        return []
     notes = ["without the masked-LM head"] if old.has_lm_head else []
     if format == "hf" and POOLER[0] not in tensors:
         notes.append("no pooler was trained: load it with add_pooling_layer=False")
-    return tuple(notes)
+    if format == "onnx" and POOLER[0] in tensors:
+        notes.append("without the pooler: the graph gives out the hidden states of all tokens")
+    return notes
 
 
 def _global_tokens(source: Source, tensors: dict[str, Tensor]) -> str:

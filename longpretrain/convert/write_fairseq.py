@@ -39,18 +39,17 @@ def write_fairseq(
         InputError: the tokenizer cannot be said in fairseq's terms, or there is none.
     """
     config, tokenizer = source.config, source.tokenizer()
-    if config.model_type == "longformer":
-        # The plugin knows RoBERTa's tokenizer only, or that of a folder, which has its own way in.
-        if tokenizer is not None and tokenizer.fingerprint != load_tokenizer().fingerprint:
-            raise InputError(
-                f"tokenizer of {source.path}", got="another one", wanted="RoBERTa's BPE",
-                way_out="Keep the Hugging Face folder; fairseq-train takes it as --model-path.",
-            )  # fmt: skip
-        tokenizer = load_tokenizer()
-    elif tokenizer is None:
+    if tokenizer is None:
         raise InputError(
             f"tokenizer of {source.path}", got="none", wanted=f"one, for {DICTIONARY_NAME}",
             way_out="Say --tokenizer DIR.",
+        )  # fmt: skip
+    # The plugin knows RoBERTa's tokenizer only, or that of a folder, which has its own way in.
+    is_plugins = config.model_type == "longformer"
+    if is_plugins and tokenizer.fingerprint != load_tokenizer().fingerprint:
+        raise InputError(
+            f"tokenizer of {source.path}", got="another one", wanted="RoBERTa's BPE",
+            way_out="Keep the Hugging Face folder; fairseq-train takes it as --model-path.",
         )  # fmt: skip
     text = dictionary_text(tokenizer, rows=config.vocab_size, where=source.path)
     parts = to_checkpoint(config, tensors, global_tokens=global_tokens)

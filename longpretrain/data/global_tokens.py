@@ -48,6 +48,21 @@ def global_tokens_of(text: str, tokenizer: Tokenizer) -> GlobalTokens:
     policy = parse_global_tokens(text)
     if policy.kind == "sentence_ends":
         return GlobalTokens("sentence_ends", ids=sentence_end_ids(tokenizer))
+    strange = [number for number in policy.ids if number >= tokenizer.vocab_size]
+    if policy.kind == "ids" and tokenizer.roles.mask and tokenizer.mask_id in policy.ids:
+        raise InputError(
+            "recipe key model.global_tokens",
+            got=f"id {tokenizer.mask_id}, the mask",
+            wanted="ids of a text's tokens",
+            way_out="Leave it out: every masked token would be global.",
+        )
+    if strange:
+        raise InputError(
+            "recipe key model.global_tokens",
+            got=f"ids {strange}",
+            wanted=f"ids below {tokenizer.vocab_size}, the tokenizer's",
+            way_out="Look the ids up in the tokenizer's files.",
+        )
     return policy
 
 
@@ -69,7 +84,7 @@ def parse_global_tokens(text: str) -> GlobalTokens:
         "recipe key model.global_tokens",
         got=repr(text),
         wanted="none, first, every_K, ids_A_B or sentence_ends",
-        way_out="For example first, every_64 or ids_0_50264.",
+        way_out="For example first, every_64 or ids_0_2.",
     )
 
 

@@ -234,7 +234,8 @@ class _MomentFiles:
                 f"{path}",
                 got=error,
                 wanted=f"a tensor {name}",
-                way_out="The model's trained parameters changed since: start anew with --fresh.",
+                way_out="What trains has changed since: give another run.dir, with"
+                f" model.path={self._folder}, which goes on from its weights.",
             ) from error
 
 

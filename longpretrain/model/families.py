@@ -127,7 +127,6 @@ _ALL = (
     Family(model_type="roberta", title="RoBERTa", becomes="roberta", prefix="roberta."),
     Family(
         model_type="camembert", title="CamemBERT", becomes="roberta", prefix="roberta.",
-        defaults={"bos_token_id": 5, "eos_token_id": 6},
     ),
     Family(model_type="xlm-roberta", title="XLM-RoBERTa", becomes="roberta", prefix="roberta."),
     Family(

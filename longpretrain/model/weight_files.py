@@ -136,7 +136,15 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         _fail(path, type(loaded).__name__, "a dictionary of tensors", _AGAIN)
     if not all(isinstance(name, str) for name in tensors):
         _fail(path, "tensors without names", "a dictionary of tensors", _AGAIN)
+    empty = [name for name, tensor in tensors.items() if not _has_plain_numbers(tensor)]
+    if empty:
+        got = f"no plain numbers (sparse, nested or on no device) in {listed(empty, ', ')}"
+        _fail(path, got, "the numbers of every tensor, one after another", _AGAIN)
     return tensors
+
+
+def _has_plain_numbers(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_nested
 
 
 @contextlib.contextmanager

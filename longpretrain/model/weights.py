@@ -43,12 +43,14 @@ __all__ = [
     "SHARD_BYTES",
     "TIED",
     "WEIGHTS_NAME",
+    "WORDS",
     "StoredWeights",
     "are_twins",
     "copy_local_to_global",
     "has_lm_head",
     "only_globals",
     "open_weights",
+    "pooler_shapes",
     "read_weights",
     "shapes_in_files",
     "stored_names",
@@ -64,8 +66,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POSITIONS = "longformer.embeddings.position_embeddings.weight"
 """The position table, by its name in memory."""
 
-_WORDS = "longformer.embeddings.word_embeddings.weight"
-TIED = {"lm_head.decoder.weight": _WORDS, "lm_head.decoder.bias": "lm_head.bias"}
+WORDS = "longformer.embeddings.word_embeddings.weight"
+"""The word embeddings, by their name in memory."""
+
+TIED = {"lm_head.decoder.weight": WORDS, "lm_head.decoder.bias": "lm_head.bias"}
 """What a file may hold twice, by the names in memory: the twin -> the one that is counted."""
 log = logging.getLogger(__name__)
 
@@ -146,8 +150,8 @@ def open_weights(folder: Path | str, config: ModelConfig) -> StoredWeights:
     found, problems = _renamed(files, family, prefix)
     found = _untied(folder, found)
     shapes = shapes_in_files(config, family)
-    optional = POOLER if not config.has_lm_head and all(name in found for name in POOLER) else ()
-    shapes |= dict(zip(optional, _pooler_shapes(config), strict=False))
+    if not config.has_lm_head and all(name in found for name in POOLER):
+        shapes |= pooler_shapes(config)
     for name, shape in shapes.items():
         stored = family.in_file(name, prefix)
         if name not in found:
@@ -255,8 +259,10 @@ def shapes_in_files(config: ModelConfig, family: Family) -> dict[str, tuple[int,
     return shapes
 
 
-def _pooler_shapes(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
-    return (config.hidden_size, config.hidden_size), (config.hidden_size,)
+def pooler_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of a pooler's tensors, by their names in memory."""
+    width = config.hidden_size
+    return dict(zip(POOLER, ((width, width), (width,)), strict=True))
 
 
 def with_padding_rows(table_PC: Tensor, count: int) -> Tensor:
