@@ -17,6 +17,8 @@ from longpretrain.config import Config, flat, to_tree
 from longpretrain.engine import checkpoint
 from longpretrain.engine.adam import kernels_in_use
 from longpretrain.engine.loop import accumulation_steps
+from longpretrain.errors import InputError
+from longpretrain.files import read_json_object
 from longpretrain.ranks import Ranks
 from longpretrain.report.metrics import MetricsLog
 from longpretrain.tasks.masked_lm import MaskedLMTask
@@ -81,6 +83,8 @@ def announce(
     )
     if task.global_summary:
         event(task.global_summary)
+    if warning := head_warning(config, folder):
+        event(warning)
     if before:
         log.say(f"the attempt before this one: {before}")
     for note in notes:
@@ -91,6 +95,29 @@ def announce(
         event(f"other code or packages than the checkpoint's: {changes}")
     for line in task.sources.table(config.schedule.total_steps * sequences):
         event(line)
+
+
+def head_warning(config: Config, folder: Path) -> str:
+    """What to say of a masked-LM head that convert drew and the recipe never trains; "" of others.
+
+    Args:
+        config: the recipe.
+        folder: where the weights are from; a checkpoint has no record of a conversion, so that a
+            run is told once.
+    """
+    record = folder / "conversion.json"
+    if config.model.train_only != "new_positions" or not record.is_file():
+        return ""
+    try:
+        is_new = bool(read_json_object(record).get("new_head"))
+    except InputError:  # a note beside the model, and no part of it
+        return ""
+    told = (
+        "warning: the masked-LM head is new (convert --new-head) and does not train"
+        " (model.train_only=new_positions): its random numbers decide what the positions learn."
+        " Train with model.train_only=all first."
+    )
+    return told if is_new else ""
 
 
 def changed_settings(state: Mapping[str, Any], config: Config, world_size: int) -> str:

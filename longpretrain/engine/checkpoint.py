@@ -234,8 +234,8 @@ class _MomentFiles:
                 f"{path}",
                 got=error,
                 wanted=f"a tensor {name}",
-                way_out="What trains has changed since: give another run.dir, with"
-                f" model.path={self._folder}, which goes on from its weights.",
+                way_out="What trains has changed since: go on from its weights with another"
+                f" run.dir and model.path={self._folder}.",
             ) from error
 
 
