@@ -19,6 +19,8 @@ from longpretrain.convert.position_rows import Init, lengthen_positions
 
 _FEWEST_TRAINED = 8
 """New rows that a training may have changed while later ones stand still; fewer are a damage."""
+_NEAR = 0.25
+"""Of the distance between two rows: within it one is the other, trained for a while."""
 _SHOWN = 3
 
 
@@ -56,7 +58,38 @@ def repeats(rows_PC: Tensor, *, learnt: int) -> Finding:
     if alike:
         told = f"of {period} learnt rows {period - len(set(keys[:period]))} stand there twice"
         return Finding(told=told, ok=False, limit=limit)
-    return _of_new_rows(wrong, period, keys, keys[:period], limit)
+    found = _of_new_rows(wrong, period, keys, keys[:period], limit)
+    if not found.ok and (moved := _trained(rows_PC, wrong, period, keys)):
+        told = f"{moved} of {period} learnt rows or their copies trained since they were copied"
+        return Finding(told=told, ok=True, limit=limit)
+    return found
+
+
+def _trained(rows_PC: Tensor, wrong: Sequence[int], period: int, keys: Sequence[bytes]) -> int:
+    """How many learnt rows a training moved, or their copies, while others stand still; 0: no
+    training leaves such a table.
+
+    Sequences begin at the first position: shorter ones than the learnt rows train the first of
+    these alone, and then no copy is any more what its learnt row is. A young training's moves are
+    small, and a narrower type of the weights may undo some.
+
+    Args:
+        rows_PC: all rows of tokens.
+        wrong: those that are no copy of the row that belongs there.
+        period: how many were learnt.
+        keys: of all rows of tokens.
+    """
+    learnt, moved = set(keys[:period]), {i % period for i in wrong}
+    if len(moved) < _FEWEST_TRAINED or any(keys[i] in learnt for i in wrong):
+        return 0
+    apart = (rows_PC[1:period].float() - rows_PC[: period - 1].float()).norm(dim=1).median()
+    number = torch.tensor(wrong)
+    moves = (rows_PC[number].float() - rows_PC[number - period].float()).norm(dim=1)
+    far = number[~(moves <= _NEAR * apart)].tolist()
+    # Moved far is the learnt row, and so are all before it: these train as often, or more. The
+    # copies of a learnt row are still each other's.
+    first = max((i % period for i in far), default=-1) + 1
+    return len(moved) if moved >= {*range(first)} and max(far, default=0) < 2 * period else 0
 
 
 def lengthened(
