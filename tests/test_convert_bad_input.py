@@ -14,7 +14,7 @@ import torch
 from fairseq_files import make_dictionary, save
 from family_models import FAMILIES, make_family, write_tokenizer
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small_disk import small_disk
 from told import check_form, disk, exit_code
 from torch import Tensor
@@ -24,6 +24,7 @@ from longpretrain.model import read_config, read_tensors
 
 UNREAD = ("xlm-roberta-xl", "albert", "deberta-v2", "electra", "mpnet", "distilbert", "gpt2", "")
 LAYER = "encoder.layer"
+WORDS = "roberta.embeddings.word_embeddings.weight"
 
 
 @pytest.fixture
@@ -284,6 +285,23 @@ class Foreign:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["lm_head.decoder.weight", "lm_head.dense.bias"])
+def test_a_pickle_of_tensors_without_plain_numbers(
+    name: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the right shapes and types: torch itself reads them without a word."""
+    tensors = load_file(source / "model.safetensors")
+    other = f"roberta.{LAYER}.1.output.dense.bias"
+    tensors[name] = tensors.get(name, torch.empty(tensors[WORDS].shape)).to("meta")
+    tensors[other] = tensors[other].to_sparse()
+    torch.save(tensors, source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    line = refused(capsys, source, tmp_path / "long", within=tmp_path)
+    assert "no plain numbers (sparse, nested or on no device) in " in line
+    assert name in line
+    assert other in line
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "shard", "fairseq"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 import longpretrain.convert.onnx_attention as attention_module
 import longpretrain.convert.onnx_graph as graph_module
 from longpretrain.convert import export
-from longpretrain.convert.onnx_check import check_onnx
+from longpretrain.convert.onnx_check import cases, check_onnx
 from longpretrain.convert.onnx_file import DATA_NAME, MODEL_NAME, check_file
 from longpretrain.convert.onnx_graph import build_graph
 from longpretrain.errors import InputError
@@ -235,6 +236,50 @@ def test_the_cards_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     exec(compile(code, "card", "exec"), namespace)
     vocabulary = read_config(tmp_path / "source").vocab_size
     assert namespace["logits"].shape == (*namespace["batch"]["input_ids"].shape, vocabulary)
+
+
+def test_without_a_tokenizer_the_cards_lines_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model((CONFIG, WEIGHTS), tmp_path / "source")
+    export(tmp_path / "source", tmp_path / "out", format="onnx")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoTokenizer" not in card
+    assert "* no tokenizer: the source has none" in card
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"input_ids": text(CONFIG, 2, 30).numpy()}
+    exec(card.split("```python\n")[1].split("```")[0], namespace)
+    assert namespace["logits"].shape == (2, 30, CONFIG.vocab_size)
+
+
+def test_a_pooler_is_neither_written_nor_counted(tmp_path: Path) -> None:
+    make_family(tmp_path / "source", "longformer", kind="bare")
+    export(tmp_path / "source", tmp_path / "out", format="onnx")
+    export(tmp_path / "source", tmp_path / "hf", check=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "* without the pooler: the graph gives out the hidden states of all tokens\n" in card
+    model = onnx.load(tmp_path / "out" / MODEL_NAME)
+    weights = [t for t in model.graph.initializer if not t.name.startswith("constant_")]
+    count = sum(math.prod(tensor.dims) for tensor in weights)
+    assert f"| parameters | {count:,}, in float32 |" in card
+    width = read_config(tmp_path / "source").hidden_size
+    with_pooler = count + width * width + width
+    assert f"| parameters | {with_pooler:,}, in" in (tmp_path / "hf" / "README.md").read_text()
+
+
+def test_logits_that_would_fill_the_memory_are_not_compared() -> None:
+    """A length is compared in full where it fits, and the row says where it does not."""
+    long = small_config(8, tokens=16384, vocab_size=250_002)
+    found = {case.name: case.ids_BN.numel() for case in cases(None, long)}
+    assert max(found.values()) * long.vocab_size <= 2**30
+    assert found["4294 tokens (of 16384: logits of more take too much memory)"] == 4294
+    for config in (
+        dataclasses.replace(long, vocab_size=50_265), dataclasses.replace(long, has_lm_head=False),
+    ):  # fmt: skip
+        found = {case.name: case.ids_BN.numel() for case in cases(None, config)}
+        assert found["16384 tokens"] == 16384
+        assert found["1 token"] == 1
+        assert not any("memory" in name for name in found)
 
 
 def test_bare_and_half(tmp_path: Path) -> None:

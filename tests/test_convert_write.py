@@ -43,6 +43,7 @@ def make_run(run: Path, config: ModelConfig = LONG, **state: Any) -> Path:
     recipe = {
         "name": "tiny", "run": {"dir": "/home/somebody/runs/tiny"}, "optim": {"lr": 3e-5},
         "schedule": {"total_steps": 40}, "data": {"train": "/home/somebody/shards"},
+        "later": {"folders": ["/home/somebody/one", {"path": "/home/somebody/two"}, 3]},
     }  # fmt: skip
     whole = {
         "format": 1, "step": 20, "samples_done": 160, "global_tokens": "none", "files": files,
@@ -117,6 +118,7 @@ def test_the_card_says_what_was_found_and_no_more(tmp_path: Path) -> None:
         "| torch | 2.13.0 |",
         "total_steps: 40",
         "train: shards",
+        "  - one\n  - path: two\n  - 3\n",
         "| logits, 64 tokens |",
     ):
         assert fact in card, card

@@ -357,16 +357,17 @@ class TestResume:
         self, begun: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """Even where config.yaml was edited to agree: the moments are of another model."""
-        recipe, run_dir = begun[0], tmp_path / "run"
-        shutil.copytree(begun[1], run_dir)
+        recipe, run_dir = begun[0], shutil.copytree(begun[1], tmp_path / "run")
         config_path = run_dir / "config.yaml"
-        text = config_path.read_text().replace("global_tokens: none", "global_tokens: first")
-        config_path.write_text(text)
+        text = config_path.read_text()
+        config_path.write_text(text.replace("global_tokens: none", "global_tokens: first"))
         before = disk(run_dir / "checkpoints")
         words = ["train", recipe, f"run.dir={run_dir}", "model.global_tokens=first"]
         assert exit_code(*words) == 2
-        assert "query_global" in check_form(capsys.readouterr().err, "train")
+        line = check_form(capsys.readouterr().err, "train")
+        assert "query_global" in line
         assert disk(run_dir / "checkpoints") == before
+        assert exit_code(*words, f"run.dir={tmp_path / 'next'}", line[:-1].split(" and ")[-1]) == 0
 
     def test_lost_latest_never_begins_anew(
         self, begun: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -143,6 +143,46 @@ def small_model(folder: Path, **changes: Tensor) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("model", ["masked-lm", "bare"])
+@pytest.mark.parametrize("has_tokenizer", [True, False], ids=["tokenizer", "no tokenizer"])
+def test_the_cards_lines_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, has_tokenizer: bool
+) -> None:
+    """What the card tells a user to type, typed: no tokenizer is loaded where there is none."""
+    make_family(tmp_path / "in", "longformer")
+    words = {"positions": 100, "attention_window": 8, "need_tokenizer": has_tokenizer}
+    convert(tmp_path / "in", tmp_path / "long", **words)
+    export(tmp_path / "long", tmp_path / "out", model=model, check=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("AutoTokenizer" in card) == has_tokenizer
+    note = "* no tokenizer: the source has none (--tokenizer DIR gives one)\n"
+    assert (note in card) == (not has_tokenizer)
+    monkeypatch.chdir(tmp_path)
+    code = card.split("```python\n")[1].split("```")[0]
+    namespace: dict[str, Any] = {"input_ids": TOKENS_BN}
+    exec(compile(code, "card", "exec"), namespace)
+    ids_BN = TOKENS_BN
+    if has_tokenizer:
+        ids_BN = namespace["tokenizer"]("A long document.", return_tensors="pt")["input_ids"]
+    assert namespace["logits" if model == "masked-lm" else "hidden"].shape[:2] == ids_BN.shape
+
+
+def test_weights_of_two_types(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a model whose LayerNorms stayed in fp32 beside fp16: config.json has room for one."""
+    make_family(tmp_path / "in", "longformer")
+    path = tmp_path / "in" / "model.safetensors"
+    tensors = {n: t if "LayerNorm" in n else t.half() for n, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    words = ("export", tmp_path / "in", tmp_path / "out")
+    capsys.readouterr()
+    assert exit_code(*words) == 2
+    line = check_form(capsys.readouterr().err, "export")
+    assert "got numbers of fp16 and fp32; wanted one type" in line
+    assert "Say --dtype fp32" in line
+    assert [entry.name for entry in tmp_path.iterdir()] == ["in"]
+    assert exit_code(*words, "--dtype", "fp32") == 0
+
+
 def test_numbers_that_fp16_cannot_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """65,519 is the last that rounds to the largest, 65,504."""
     small_model(

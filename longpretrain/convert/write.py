@@ -40,6 +40,7 @@ _FORMATS = {"hf": "transformers", "fairseq": "fairseq", "onnx": "onnx"}
 _MODELS = ("masked-lm", "bare")
 _TOKENS = 512
 """Of text, on which the effect of rounding is told."""
+_NO_TOKENIZER = "no tokenizer: the source has none (--tokenizer DIR gives one)"
 _NOT_ASKED = "it was not asked for (--no-check)"
 
 
@@ -146,9 +147,7 @@ def _planned(
     if format == "hf" and dtype is None:
         _need_one_type(source.path, tensors)
     dtype = stored_dtype(tensors, dtype) if format == "onnx" else dtype
-    lacks = (
-        [] if has_tokenizer else ["no tokenizer: the source has none (--tokenizer DIR gives one)"]
-    )
+    lacks = [] if has_tokenizer else [_NO_TOKENIZER]
     lacks += _notes_of_bare(format, source.config, config, tensors)
     if format == "onnx":  # the graph has none
         tensors = {name: tensor for name, tensor in tensors.items() if name not in POOLER}

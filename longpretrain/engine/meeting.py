@@ -269,8 +269,12 @@ def _sign(room: Store, ranks: Ranks, wait: _Wait, watch: Watch | None) -> str:
         return text
     if watch:
         watch.begin(first["watch"])
-        # Asking the store shows that rank 0 is still there.
-        wait.until(lambda: watch.is_up or not room.check(["rank 0"]), lambda: _nobody(ranks))
+
+        def is_up() -> bool:
+            room.check(["rank 0"])  # raises once rank 0, who hosts the store, is gone
+            return watch.is_up
+
+        wait.until(is_up, lambda: _nobody(ranks))
     room.add("came", 1)
     return ""
 

@@ -135,7 +135,8 @@ def _check_same_recipe(config: Config) -> None:
             f"run folder {config.run_dir}",
             got=f"a run of another recipe ({listed}{more})",
             wanted="the recipe it was started with",
-            way_out="Give another run.dir, or --fresh to move the old run aside and start anew.",
+            way_out="Give another run.dir (with model.path at a checkpoint of this one, to go on "
+            "from its weights), or --fresh to move the old run aside and start anew.",
         )
 
 

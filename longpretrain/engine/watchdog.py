@@ -75,7 +75,11 @@ class Watchdog:
         return self
 
     def invite(self) -> str:
-        """On rank 0: listens for the sentinels of all ranks, and says what they must know."""
+        """On rank 0: listens for the sentinels of all ranks, and says what they must know.
+
+        The token tells them from strangers who knock by mistake: another run, a scan of ports. It
+        is no secret to whoever asks the store at MASTER_PORT, where ranks meet, on purpose.
+        """
         self._listener = _listener()
         port = self._listener.getsockname()[1]
         return json.dumps({"port": port, "token": secrets.token_hex(16)})
@@ -151,7 +155,8 @@ class Watchdog:
                 [sys.executable, "-I", "-S", "-c", source(), json.dumps(facts)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env={**os.environ, SHARED: token},  # a command line is for all users to see
+                # Not in the command line, which every listing of processes shows.
+                env={**os.environ, SHARED: token},
                 pass_fds=descriptors,
                 start_new_session=True,  # else a launcher kills it with its rank
             )

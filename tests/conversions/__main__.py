@@ -24,7 +24,7 @@ from conversions.record import Record, read_record
 
 TESTS = ROOT / "tests"
 PAGE = ROOT / "docs" / "conversions.md"
-MARK = "mark.conversion("
+MARK = "mark.conversion"
 
 
 def marked_files() -> list[str]:
