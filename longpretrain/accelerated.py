@@ -50,8 +50,9 @@ def accelerate(model: Model, *, backend: str = "auto") -> Model:
     (``output_attentions=True``) or passes a head mask runs on their attention, which is announced
     once. In training, dropout draws other numbers than theirs: that of attention from seeds that
     torch's generator gives, all other dropout without the tokens that LongformerModel adds to fill
-    a window; ``torch.manual_seed`` repeats both. ``torch.compile`` works. ``torch.jit.trace`` and
-    its like do not: ``longpretrain export --format onnx`` makes an ONNX file.
+    a window; ``torch.manual_seed`` repeats both. ``torch.compile`` runs it, in several graphs;
+    ``torch.jit.trace`` and its like do not: ``longpretrain export --format onnx`` makes an ONNX
+    file.
 
     Args:
         model: any model around Longformer layers, such as LongformerForMaskedLM. Calling it again

@@ -30,7 +30,7 @@ def test_the_page_lists_exactly_the_marked_tests(
     assert collected
     # A mark that the words in the files do not tell of, if this run has collected such a test.
     here = {item.nodeid for item in request.session.items if proofs_of(item)}
-    assert here <= collected, f"{sorted(here - collected)}: write {MARK}(...) in the test's own file"
+    assert here <= collected, f"{sorted(here - collected)}: write {MARK} in the test's own file"
     on_page = keys_of_page(PAGE.read_text(encoding="utf-8"))
     assert on_page == keys(record.proofs), WAY_OUT
 

@@ -377,3 +377,17 @@ def test_any_sizes_there_and_back(
     assert back.config == dataclasses.replace(config, initializer_range=0.02)
     assert back.tensors.keys() == tensors.keys()
     assert all(tensor.equal(back.tensors[name]) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("value", ["positions", None, ["all"]])
+def test_what_the_plugin_trained_is_checked(value: object) -> None:
+    tensors = {name: p.detach() for name, p in LongformerForMaskedLM(LONG).named_parameters()}
+    parts = to_checkpoint(LONG, tensors, global_tokens="first")
+    task = parts.task | {"train_only": value}
+    checkpoint = Checkpoint(
+        path=Path("x"), tensors=parts.tensors, model_options=parts.model, task_options=task
+    )
+    with pytest.raises(InputError, match=r"task\.train_only in .*; wanted all or new_positions"):
+        from_checkpoint(checkpoint)
+    task["train_only"] = "new_positions"
+    assert from_checkpoint(checkpoint).train_only == "new_positions"

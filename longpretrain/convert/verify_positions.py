@@ -48,7 +48,16 @@ def repeats(rows_PC: Tensor, *, learnt: int) -> Finding:
     if learnt and period % learnt and learnt < len(keys):
         told = f"rows {period} apart are equal; config.json has {learnt} learnt"
         return Finding(told=told, ok=False, limit=limit)
-    period = learnt or period
+    found = _of_period(learnt or period, rows_PC, keys, limit)
+    if not found.ok and 0 < learnt < period:
+        # More were learnt than config.json has: by a training, before it was lengthened again.
+        again = _of_period(period, rows_PC, keys, limit)
+        return again if again.ok else found
+    return found
+
+
+def _of_period(period: int, rows_PC: Tensor, keys: Sequence[bytes], limit: str) -> Finding:
+    """How rows repeat if so many were learnt; 0: none repeats."""
     if not period or period >= len(keys):
         again = len(keys) - len(set(keys))
         told = f"{len(keys)} different rows" if not again else f"{again} rows stand there twice"
