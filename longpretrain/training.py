@@ -14,7 +14,7 @@ import torch
 from longpretrain.agreement import Refused, agree, need_shared
 from longpretrain.announce import announce
 from longpretrain.config import Config
-from longpretrain.engine import candidates, checkpoint, names, run_folder, zero
+from longpretrain.engine import candidates, checkpoint, names, retention, run_folder, zero
 from longpretrain.engine.loop import train
 from longpretrain.engine.signals import StopRequest
 from longpretrain.engine.watchdog import Watchdog, patience
@@ -129,6 +129,7 @@ def _is_done(config: Config, ranks: Ranks, checkpoint_folder: Path) -> bool:
             reason = f"all {total} updates"
             names.write_status(config.run_dir, "done", reason=reason, step=step)
         _mend_pointer(config, checkpoint_folder)
+        retention.remove_left_overs(config.run_dir)
         print(f"{config.run_dir} is done, all {total} updates", flush=True)
     return True
 

@@ -382,6 +382,7 @@ class TestResume:
         before = disk(run_dir / "checkpoints")
         (run_dir / "checkpoints" / "latest").write_text("step-0000\n")
         (run_dir / "status.json").write_text("")
+        (run_dir / "checkpoints" / ".step-000001.old.part").mkdir()  # killed as it was removed
         assert exit_code("train", begun[0], f"run.dir={run_dir}") == 0
         assert "is done, all 3 updates" in capsys.readouterr().out
         assert run_folder.read_status(run_dir)["state"] == "done", "mended"

@@ -311,3 +311,14 @@ class TestFailures:
         assert checkpoint.latest(run.run_dir) is None
         run.saver = run.new_saver()
         assert names(run.run_dir) == [], "what was left goes at the next start"
+
+    def test_what_an_earlier_save_could_not_remove_goes_with_the_next(
+        self, start: Callable[..., Run]
+    ) -> None:
+        run = start()
+        folder = run.run_dir / "checkpoints"
+        (folder / ".step-000000.old.part").mkdir(parents=True)
+        (folder / ".step-000000.latest.part").touch()
+        run.update()
+        assert run.saver.save_last(run.state()) == ""
+        assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-000001"]

@@ -278,6 +278,8 @@ class Saver:
             keep=settings.keep,
             keep_every_steps=settings.keep_every_steps,
         )
+        # What an earlier save or removal could not: this save is the only one, and it is whole.
+        retention.remove_left_overs(self._config.run_dir)
 
     def _wait(self, save: _Save) -> None:
         """Joins this rank's thread. Only bytes that go out count as progress, and the same mark
