@@ -201,6 +201,8 @@ class Saver:
                 self.begin(state)
             self.finish()
             if self.saved_step == state["step"]:
+                if self._rank == 0:  # no later save makes up for a removal that was refused
+                    retention.remove_left_overs(self._config.run_dir)
                 return ""
         last = f"from step {self.saved_step}" if self.saved_step else "at the beginning"
         return str(
