@@ -26,13 +26,20 @@ for mark in LONGPRETRAIN_LAUNCHER LOCAL_RANK SLURM_STEP_ID PMI_RANK PMIX_RANK OM
 done
 
 refuse() { echo "launch.sh: $1" >&2; exit 2; }
+show() {  # a command as it would run
+    local words=() word
+    for word in "$@"; do [[ $word == --dry-run ]] || words+=("$word"); done
+    printf '%q ' "${words[@]}"; echo
+}
+command -v python >/dev/null || refuse "python: got none on PATH and no $here/.venv; wanted an environment with longpretrain. Run make setup there, or activate one."
 gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
-[[ $gpus -gt 0 ]] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 LAUNCHER=${LAUNCHER:-$([[ -n ${SLURM_JOB_ID:-} ]] && echo srun || echo deepspeed)}
 container=() sbatch_options=()
 if [[ $LAUNCHER == srun || $LAUNCHER == sbatch ]]; then
+    set +u  # modules and what a site adds often ask for variables that are not set
     # shellcheck source=slurm/env.sh
     source "$here/slurm/env.sh"
+    set -u
     read -ra container <<<"${LONGPRETRAIN_CONTAINER:-}"
 fi
 if [[ $LAUNCHER == sbatch ]]; then
@@ -42,7 +49,7 @@ if [[ $LAUNCHER == sbatch ]]; then
     unset LAUNCHER  # or the job would submit jobs
     start=(sbatch "${sbatch_options[@]}" "$here/slurm/pretrain.sbatch")
     [[ " $* " == *" --dry-run "* ]] || exec "${start[@]}" "$@"
-    printf '%q ' "${start[@]}" "$@"; echo
+    show "${start[@]}" "$@"
     cat "$here/slurm/pretrain.sbatch"; echo "$resolved"
     exit
 fi
@@ -54,6 +61,8 @@ threads=${SLURM_CPUS_PER_TASK:-$(($(nproc) > RANKS ? $(nproc) / RANKS : 1))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 port=${MASTER_PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 case $LAUNCHER in
+    # It counts accelerators itself. A job is not told, which may get GPUs that this machine lacks.
+    deepspeed) [[ $gpus -gt 0 ]] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} ;;&
     deepspeed) start=(deepspeed --quiet --num_accelerators "$RANKS" --master_port "$port" "$here/launch.sh") ;;
     torchrun) start=(torchrun --nproc-per-node "$RANKS" --master-port "$port" "$here/launch.sh") ;;
     mpirun) start=(mpirun -n "$RANKS" "$here/launch.sh") ;;
@@ -61,7 +70,7 @@ case $LAUNCHER in
     *) refuse "LAUNCHER: got $LAUNCHER; wanted deepspeed, torchrun, mpirun, srun or sbatch. Choose one, or leave it out." ;;
 esac
 if [[ " $* " == *" --dry-run "* ]]; then
-    printf '%q ' "${start[@]}" "$@"; echo
+    show "${start[@]}" "$@"
     exec python -m longpretrain train "$@"
 fi
 asked=

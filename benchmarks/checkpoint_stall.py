@@ -9,8 +9,8 @@ written, then another one is waited for. Prints a Markdown table; seconds are ra
 * update: median of the plain updates.
 * pause: what one update waits for a checkpoint that is written meanwhile, the copy of weights and
   moments into host memory; also as a share of that update.
-* slowed: what the updates beside the writing took longer, in all. Threads that write and hash share
-  the processors with the updates; where these run on GPUs, or on more cores, it is less.
+* slowed: what the updates beside the writing took longer, in all. Threads that exchange, write and
+  hash share the processors with the updates; where these run on GPUs, or on more cores, it is less.
 * written: from the beginning of the save to the renamed folder.
 * waited for: the pause if ``checkpoint.asynchronous`` is false.
 """

@@ -101,7 +101,8 @@ def need_gpu(facts: Facts) -> None:
     if facts.nvcc is None:
         raise NotHereError(
             "there is no nvcc on PATH or in CUDACXX; install the CUDA toolkit, best the version of "
-            f"torch ({facts.torch_cuda})."
+            f"torch ({facts.torch_cuda}). Training alone is tried without it, by "
+            "`python benchmarks/gpu_training.py`."
         )
     if facts.cxx is None:
         raise NotHereError("there is no C++ compiler; install g++ (Debian: apt-get install g++).")

@@ -159,7 +159,7 @@ class CheckpointConfig:
     """Checkpoints of steps that are a multiple of this stay for good, beside keep. 0: none."""
     asynchronous: bool = True
     """Write checkpoints while training goes on; it needs host memory for a copy of this rank's
-    share. false: the ranks wait until one is written."""
+    share (of ZeRO 3 on CPUs, for two). false: the ranks wait until one is written."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,5 @@
 """One rank: after two updates, is its share of a checkpoint, bit for bit, what DeepSpeed gathers?
+Also if it is gathered while updates go on; and what do ranks see whose peer ends before it sends?
 
     torchrun --nproc-per-node 3 tests/gather_driver.py
 
@@ -7,9 +8,12 @@ Prints a line per precision and stage from rank 0; any difference ends the rank.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -18,7 +22,8 @@ import torch.distributed as dist
 from torch import nn
 
 from longpretrain.engine import gather, zero
-from longpretrain.engine.gather import Share, standing_share
+from longpretrain.engine.gather import GatherError, Share, standing_share
+from longpretrain.engine.watchdog import _is_of_a_collective
 from longpretrain.engine.zero import MOMENTS, ZeroEngine
 from longpretrain.ranks import discover
 from longpretrain.recipe import from_tree
@@ -56,6 +61,11 @@ def bits(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
     return {name: (tensor + 0.0).view(torch.int32).tolist() for name, tensor in tensors.items()}
 
 
+def taken(share: Share) -> dict[str, dict[str, torch.Tensor]]:
+    share.take()
+    return share.gathered(lambda size: None)
+
+
 def check(precision: str, stage: int) -> str:
     torch.manual_seed(0)
     tree = {"precision": precision, "zero": {"config": f"ds_configs/zero{stage}.json"}}
@@ -65,13 +75,51 @@ def check(precision: str, stage: int) -> str:
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     engine = ZeroEngine(model, config, accumulation=1)
     share = Share(engine, Names(), standing)  # type: ignore[arg-type]
-    compare(engine, share.take(), frozen)  # before any update: moments of zeros
+    compare(engine, taken(share), frozen)  # before any update: moments of zeros
     for number in range(2):
-        engine.backward(engine(torch.full((2, 7), 1.0 + number + dist.get_rank())))
-        assert engine.step().applied
-    held = compare(engine, share.take(), frozen)
+        update(engine, number)
+    held = compare(engine, taken(share), frozen)
+    again = taken(share)
+    before = bits(again["model"]) | bits(again["optimizer"])
+    begun, go_on = Event(), Event()
+
+    def moved(size: int) -> None:
+        begun.set()
+        assert go_on.wait(60)
+
+    share.take()
+    with ThreadPoolExecutor(1) as thread:
+        meanwhile = thread.submit(share.gathered, moved)
+        if stage:  # else nothing is exchanged
+            assert begun.wait(60)
+        for number in range(3):  # in the midst of the exchanges
+            update(engine, number)
+        go_on.set()
+    after = meanwhile.result()
+    assert bits(after["model"]) | bits(after["optimizer"]) == before
     engine._engine.destroy()
     return f"{precision} {stage}: {held}"
+
+
+def check_lost() -> str:
+    """The last rank ends between the copy and the exchange."""
+    config = from_tree({"precision": "fp32", "zero": {"config": "ds_configs/zero3.json"}})
+    share = Share(ZeroEngine(Odd(), config, accumulation=1), Names())  # type: ignore[arg-type]
+    share.take()
+    dist.barrier()
+    if dist.get_rank() == dist.get_world_size() - 1:
+        os._exit(0)
+    try:
+        share.gathered(lambda size: None)
+    except GatherError as error:
+        assert _is_of_a_collective(error), error  # then the watchdog names who is gone
+        return f"lost: {str(error).splitlines()[0]}"
+    raise AssertionError("gathered without a rank")
+
+
+def update(engine: ZeroEngine, number: int) -> None:
+    engine.backward(engine(torch.full((2, 7), 1.0 + number + dist.get_rank())))
+    assert engine.step().applied
 
 
 def compare(
@@ -102,5 +150,5 @@ if __name__ == "__main__":
         line = check(*pair)
         if dist.get_rank() == 0:
             print(line, flush=True)
-    dist.barrier()
-    zero.stop_ranks()
+    print(check_lost(), flush=True)
+    os._exit(0)  # no group to leave in good order

@@ -22,6 +22,7 @@ from checkpoint_files import names
 from safetensors.torch import load_file
 
 from longpretrain.engine import checkpoint, saver
+from longpretrain.engine.gather import GatherError, Share
 from longpretrain.engine.saver import Saver
 from longpretrain.engine.zero import ZeroEngine
 from longpretrain.recipe import from_tree
@@ -251,6 +252,24 @@ class TestFailures:
         run.task.error = KeyError("no such thing")
         run.saver.begin(run.state())
         with pytest.raises(RuntimeError, match="KeyError: 'no such thing'"):
+            run.saver.finish()
+        assert checkpoint.latest(run.run_dir) is None
+
+    def test_a_gathering_that_breaks_ends_the_run(
+        self, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(share: Share, moved: Callable[[int], None]) -> None:
+            raise GatherError("connection closed by peer")
+
+        monkeypatch.setattr(Share, "gathered", broken)
+        run = start()
+        run.update()
+        run.saver.begin(run.state())
+        with pytest.raises(GatherError, match="closed by peer"):
+            run.until(lambda: False)  # at the next update
+        with pytest.raises(GatherError, match="closed by peer"):
+            run.saver.advance([1.0, 1.0, 0.0])  # other ranks still wait in it
+        with pytest.raises(GatherError, match="closed by peer"):
             run.saver.finish()
         assert checkpoint.latest(run.run_dir) is None
 

@@ -41,6 +41,7 @@ MAY_RAISE = {
     ("engine/saver.py", "FloatingPointError"): "weights overflowed; status.json tells it too",
     ("engine/saver.py", "RuntimeError"): "a bug in our writing of checkpoints: a report for us",
     ("engine/zero.py", "RuntimeError"): "an invariant of DeepSpeed is broken: a report for us",
+    ("engine/gather.py", "GatherError"): "mostly a rank is gone; the watchdog's verdict names it",
     ("engine/process_watch.py", "ProcessLookupError"): "as the system does; the callers catch it",
     ("convert/onnx_file.py", "RuntimeError"): "our graph is wrong, onnx says: a report for us",
     ("convert/write.py", "RuntimeError"): "our export is wrong: a report for us, with the table",

@@ -163,6 +163,7 @@ def test_dry_run_prints_command_and_recipe(words: list[str]) -> None:
     assert finished.returncode == 0
     first, rest = finished.stdout.split("\n", 1)
     assert "--num_accelerators 2" in first
+    assert "--dry-run" not in first, "it is to be pasted"
     assert yaml.safe_load(rest)["schedule"]["total_steps"] == 2
 
 
@@ -193,7 +194,7 @@ def test_dry_run_of_sbatch_prints_what_would_be_submitted(words: list[str]) -> N
 def test_the_cluster_facts_reach_sbatch_and_srun(
     words: list[str], strange_checkout: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(ROOT / "slurm", strange_checkout / "slurm")
+    shutil.copytree(ROOT / "slurm", strange_checkout / "slurm", dirs_exist_ok=True)
     with (strange_checkout / "slurm" / "env.sh").open("a") as file:
         file.write("sbatch_options=(--partition=gpu '--comment=two words')\n")
         file.write("LONGPRETRAIN_CONTAINER='apptainer exec --nv image.sif'\n")
@@ -203,6 +204,42 @@ def test_the_cluster_facts_reach_sbatch_and_srun(
     finished = run([launch, *words, "--dry-run"], SLURM_JOB_ID="7", SLURM_NTASKS="16")
     expected = "srun --kill-on-bad-exit=1 --ntasks 16 apptainer exec --nv image.sif "
     assert finished.stdout.startswith(expected), finished
+
+
+def test_a_job_takes_nothing_of_the_submitting_machine(
+    words: list[str], strange_checkout: Path, tmp_path: Path
+) -> None:
+    """A login node has no GPU, and no job's variables; a site's script reads what is not set."""
+    shutil.copytree(ROOT / "slurm", strange_checkout / "slurm", dirs_exist_ok=True)
+    env_sh = strange_checkout / "slurm" / "env.sh"
+    lines = env_sh.read_text().splitlines()
+    lines = [
+        line.removeprefix("# ") if "scontrol show hostnames" in line else line for line in lines
+    ]
+    assert any(line.startswith("[[ -z ${SLURM_JOB_NODELIST:-} ]] ||") for line in lines)
+    env_sh.write_text("\n".join([*lines, ': "$OF_NO_SITE"', ""]))
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text('#!/bin/sh\nenv\necho "words: $*"\n')
+    sbatch.chmod(0o755)
+    path = f"{sbatch.parent}:{rank_environment()['PATH']}"
+    launch = str(strange_checkout / "launch.sh")
+    finished = run([launch, *words], LAUNCHER="sbatch", PATH=path, DS_ACCELERATOR="")
+    assert finished.returncode == 0, finished.stderr
+    said = finished.stdout.splitlines()
+    assert f"words: {strange_checkout}/slurm/pretrain.sbatch {' '.join(words)}" in said
+    passed_on = {line.split("=")[0]: line for line in said if "=" in line}
+    assert passed_on["DS_ACCELERATOR"] == "DS_ACCELERATOR="
+    assert not {"LAUNCHER", "MASTER_ADDR", "LONGPRETRAIN_WORLD_SIZE"} & set(passed_on)
+
+
+def test_no_python_is_told(tmp_path: Path, words: list[str]) -> None:
+    shutil.copy(LAUNCH, tmp_path / "launch.sh")
+    for tool in ("env", "bash", "dirname", "readlink"):
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    finished = run([str(tmp_path / "launch.sh"), *words], PATH=str(tmp_path))
+    assert finished.returncode == 2
+    assert f"python: got none on PATH and no {tmp_path}/.venv; wanted" in finished.stderr
 
 
 def test_a_recipe_that_does_not_read_is_not_submitted(words: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,40 @@ def test_other_hosts_are_not_sent_to_themselves() -> None:
     """Whatever this host's own files say of its name, which is 127.0.1.1 on a plain Debian."""
     address = address_for_others()
     assert address == socket.gethostname() or not ipaddress.ip_address(address).is_loopback
+
+
+STEP = {
+    "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+}  # fmt: skip
+
+
+class TestAddressUnderSrun:
+    """Rank 0 is on the first node of the step. ``scontrol`` is a stand-in."""
+
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.scontrol = tmp_path / "scontrol"
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    def answers(self, script: str) -> None:
+        self.scontrol.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        self.scontrol.chmod(0o755)
+
+    def test_of_the_first_node(self) -> None:
+        self.answers('[ "$*" = "show hostnames n[1-2]" ] && echo localhost && echo n2')
+        assert discover(STEP).master_addr == "127.0.0.1"
+        self.answers("echo 192.0.2.7; echo n2")  # an address is its own name
+        assert discover(STEP).master_addr == "192.0.2.7"
+
+    @pytest.mark.parametrize("script", ["exit 1", "true", "echo no-such-host.invalid"])
+    def test_without_an_answer_several_nodes_are_refused(self, script: str) -> None:
+        self.answers(script)
+        with pytest.raises(InputError, match=r"no answer for the nodes n\[1-2\].*Set MASTER_ADDR"):
+            discover(STEP)
+        assert discover(STEP | {"MASTER_ADDR": "n1"}).master_addr == "n1"
+        alone = discover(STEP | {"SLURM_STEP_NODELIST": "n1"})
+        assert alone.master_addr == "127.0.0.1", "a step of one node needs no name"
 
 
 @pytest.mark.parametrize("many", [{"SLURM_NTASKS": "4"}, {"SLURM_JOB_NUM_NODES": "2"}], ids=str)

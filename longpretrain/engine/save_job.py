@@ -1,15 +1,19 @@
-"""What a thread of a save does, how it went, and what its rank tells the others of it."""
+"""A save under way: what its thread does, how it went, and what its rank tells the others."""
 
 from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from longpretrain.engine.complete import Written
+from longpretrain.engine.gather import GatherError
 from longpretrain.engine.names import NO_ROOM
 
 CALLED_OFF = "called off"
@@ -34,6 +38,28 @@ class Job:
     def is_busy(self) -> bool:
         """Whether its thread runs."""
         return self.thread is not None and self.thread.is_alive()
+
+    def add(self, size: int) -> None:
+        """Bytes more that were moved or written."""
+        self.done_bytes += size
+
+    def need_gathered(self) -> None:
+        """Raises what broke the exchange between the ranks: no rank can agree on how to go on."""
+        if isinstance(self.error, GatherError):
+            raise self.error
+
+
+@dataclass
+class Save:
+    """One save under way, from its beginning to the renamed folder."""
+
+    state: Mapping[str, Any]
+    part: Path
+    final: Path
+    began: float
+    phase: Literal["writing", "completing"] = "writing"
+    job: Job = field(default_factory=Job)
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

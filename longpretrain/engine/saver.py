@@ -1,13 +1,15 @@
 """Saves while training goes on: the step pays for a copy in memory, threads do the rest.
 
-1. ``begin``: at a step boundary every rank copies its share of whole tensors into host memory.
-2. A thread per rank writes, hashes and syncs its files into a hidden folder.
+1. ``begin``: at a step boundary every rank copies what it holds into host memory.
+2. A thread per rank gathers its share of whole tensors (gather.py), and writes, hashes and syncs
+   its files into a hidden folder.
 3. When all have written, at a later step boundary, the ranks exchange the hashes, and a thread of
    rank 0 writes the small files, renames, moves ``latest`` and removes what is too old.
 
-Threads take part in no collective: their state rides in the all-reduce that every update has
-anyway (``flags`` and ``advance``), so that all ranks take each turn at the same step. One save is
-under way at a time. A disk that is full costs a line and the save, not the run.
+But for that gathering, in a group of its own, threads take part in no collective: their state rides
+in the all-reduce that every update has anyway (``flags`` and ``advance``), so that all ranks take
+each turn at the same step. One save is under way at a time. A disk that is full costs a line and
+the save, not the run; a gathering that fails ends the run, as any collective does.
 """
 
 from __future__ import annotations
@@ -19,10 +21,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,15 @@ from longpretrain.config import Config
 from longpretrain.engine import retention
 from longpretrain.engine.complete import Written, complete, file_name
 from longpretrain.engine.gather import Share
-from longpretrain.engine.save_job import CALLED_OFF, CalledOffError, Job, Told, is_finite, told
+from longpretrain.engine.save_job import (
+    CALLED_OFF,
+    CalledOffError,
+    Job,
+    Save,
+    Told,
+    is_finite,
+    told,
+)
 from longpretrain.engine.task import Task
 from longpretrain.engine.tensor_file import write_tensors
 from longpretrain.engine.zero import ZeroEngine
@@ -46,21 +55,8 @@ _LONGEST_RETRY_S = 1800.0
 _SOON_S = 1.0
 ATTEMPTS_AT_END = 3
 _PAUSE_S = 5.0
+_FAREWELL_S = 10.0
 _NICE = 10
-
-
-@dataclass
-class _Save:
-    """One save under way."""
-
-    state: Mapping[str, Any]
-    part: Path
-    final: Path
-    began: float
-    phase: Literal["writing", "completing"] = "writing"
-    job: Job = field(default_factory=Job)
-    waited_s: float = 0.0
-    size_bytes: int = 0
 
 
 class Saver:
@@ -96,7 +92,7 @@ class Saver:
         self._retry_s = 0.0
         self._why = ""
         self._share: Share | None = None
-        self._save: _Save | None = None
+        self._save: Save | None = None
         self._unremoved: list[Path] = []
         self._called_off = threading.Event()
         self._is_time = self._is_last = False
@@ -120,10 +116,12 @@ class Saver:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        """Ends a thread that is left: after an error there is nobody to agree with."""
+        """Ends a thread that is left: after an error there is nobody to agree with. One that waits
+        for other ranks, or a disk that does not answer, must not keep the error from being told.
+        """
         self._called_off.set()
         if self._save and self._save.job.thread:
-            self._save.job.thread.join()
+            self._save.job.thread.join(_FAREWELL_S)
 
     def flags(self) -> list[float]:
         """What this rank adds to the update's all-reduce: ``FLAGS`` numbers."""
@@ -137,6 +135,7 @@ class Saver:
         self._is_time = due > 0
         if self._save is None:
             return
+        self._save.job.need_gathered()
         if failed:
             self._called_off.set()
         if not busy:
@@ -162,22 +161,24 @@ class Saver:
         self._is_time = False
         self._tried_step, self._tried_at = step, began
         self._called_off.clear()
-        self._share = self._share or Share(self._engine, self._task, self._standing)
-        share = self._share.take()
+        hung_after_s = self._config.watchdog.hung_after_s
+        self._share = share = self._share or Share(
+            self._engine, self._task, self._standing, hung_after_s=hung_after_s
+        )
+        share.take()
         final = self._config.run_dir / "checkpoints" / f"step-{step:06d}"
-        save = _Save(
+        save = Save(
             state=dict(state),
             part=final.with_name(f".{final.name}.{self._attempt}.part"),
             final=final,
             began=began,
-            size_bytes=self._share.size_bytes,
         )
-        self._run(save, lambda job: self._write(job, save.part, share))
+        self._run(save, lambda job: self._write(job, save.part, share.gathered(job.add)))
         self._save = save
         save.waited_s = time.monotonic() - began
         if not self._config.checkpoint.asynchronous:
             self.finish()
-            self._share.release()
+            share.release()
 
     def finish(self) -> float:
         """Waits until no save is under way; returns the seconds that it took."""
@@ -224,12 +225,13 @@ class Saver:
             (minutes and waited_s >= 60 * minutes) or (self._retry_s and waited_s >= self._retry_s)
         )
 
-    def _run(self, save: _Save, work: Callable[[Job], None]) -> None:
+    def _run(self, save: Save, work: Callable[[Job], None]) -> None:
         """Starts a thread of this phase; what goes wrong in it is kept."""
         save.job = job = Job()
 
         def run() -> None:
-            with contextlib.suppress(OSError):  # training comes first where they share processors
+            # Training comes first where they share processors; gloo's own threads stay as they are.
+            with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
             try:
                 with told_as(save.final, save.part):
@@ -244,7 +246,7 @@ class Saver:
         """The thread of every rank: its files. A failure gives their room back at once."""
 
         def tell(size: int) -> None:
-            job.done_bytes += size
+            job.add(size)
             if self._called_off.is_set():
                 raise CalledOffError
 
@@ -269,7 +271,7 @@ class Saver:
         names = {paths[kind].name: sorted(tensors) for kind, tensors in share.items()}
         job.written = Written(hashes=hashes, sizes=sizes, tensors=names)
 
-    def _complete(self, save: _Save, job: Job, everyone: Sequence[Written]) -> None:
+    def _complete(self, save: Save, job: Job, everyone: Sequence[Written]) -> None:
         """The thread of rank 0: a checkpoint of what all have written."""
         settings = self._config.checkpoint
         self._metrics.sync()  # a resumed run goes on from the lines up to this step
@@ -283,8 +285,8 @@ class Saver:
         # What an earlier save or removal could not: this save is the only one, and it is whole.
         retention.remove_left_overs(self._config.run_dir)
 
-    def _wait(self, save: _Save) -> None:
-        """Joins this rank's thread. Only bytes that go out count as progress, and the same mark
+    def _wait(self, save: Save) -> None:
+        """Joins this rank's thread. Only bytes that move count as progress, and the same mark
         again says so; a rank whose disk does not answer is one mark behind the others.
         """
         place = f"step {save.state['step']}: checkpoint"
@@ -297,10 +299,11 @@ class Saver:
                 save.job.thread.join(timeout=1.0)
         self._mark(f"{place}, {save.phase}: the other ranks")
 
-    def _turn(self, save: _Save, *, since: float | None = None) -> None:
+    def _turn(self, save: Save, *, since: float | None = None) -> None:
         """From one phase to the next; all ranks, no thread of theirs at work. ``since``: when the
         wait for it began.
         """
+        save.job.need_gathered()
         error = save.job.error
         everyone = [Told()] * self._ranks
         dist.all_gather_object(everyone, told(save.job))
@@ -334,7 +337,7 @@ class Saver:
         else:
             self._succeeded(save, since)
 
-    def _succeeded(self, save: _Save, since: float | None) -> None:
+    def _succeeded(self, save: Save, since: float | None) -> None:
         self._save = None
         self.saved_step, self._retry_s, self._why = save.state["step"], 0.0, ""
         now = time.monotonic()
@@ -354,7 +357,7 @@ class Saver:
                 f"WARNING: an old checkpoint stays, as it cannot be removed: {problem}"
             )
 
-    def _failed(self, save: _Save, problems: Sequence[str], *, is_full: bool) -> None:
+    def _failed(self, save: Save, problems: Sequence[str], *, is_full: bool) -> None:
         self._save = None
         removed: list[str] = []
         settings = self._config.checkpoint

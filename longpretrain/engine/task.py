@@ -68,7 +68,9 @@ class Task(Protocol):
         ...
 
     def stored(self, parameter: str, value: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """What a checkpoint stores of a trained parameter, by those names."""
+        """What a checkpoint stores of a trained parameter, by those names. A thread calls it while
+        training goes on.
+        """
         ...
 
     def write_model_files(self, folder: Path) -> None:

@@ -76,8 +76,7 @@ def start_ranks(
     port = ranks.master_port or free_port()
     ranks = dataclasses.replace(ranks, local_rank=local_rank, master_port=port)
     publish(ranks, os.environ)
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["DS_ACCELERATOR"] = device.type  # another machine's may have come with the job
     deepspeed = _deepspeed()
     # Its shared-memory collectives are compiled at first start, which takes a minute and kills the
     # rank where there is no compiler. gloo alone does the job.

@@ -136,6 +136,9 @@ class Cells:
             "model.attention_dropout=0",
         ]
         self._reference: list[float] = []
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            # We are a background job of a shell. What inherits that cannot trap a Ctrl-C.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self._lock = threading.Lock()
 
     def row(self, way: Way, scenario: str) -> Row:

@@ -144,7 +144,9 @@ def main() -> int:
     lost, missed = sum(row.lost for row in rows), sum(not row.ok for row in rows)
     took_min = (time.monotonic() - started) / 60
     summary = f"{sum(row.tried for row in rows)} faults tried, lost = {lost}, "
-    summary += f"{missed} of {len(rows)} kinds not met, {took_min:.0f} minutes, seed {asked.seed}"
+    skipped = sum(row.is_skipped for row in rows)
+    summary += f"{missed} of {len(rows)} kinds not met, " + f"{skipped} not tried, " * (skipped > 0)
+    summary += f"{took_min:.0f} minutes, seed {asked.seed}"
     print(summary)
     if asked.page:
         asked.page.write_text(_head(summary) + markdown(rows), encoding="utf-8")

@@ -26,14 +26,15 @@ from faults.table import Row
 SECTION = "kill -9: 2 ranks; then the same command again, until the run is done"
 STEPS, EVERY = 20, 2
 SETTINGS = {"ZeRO 1, fp32": ("zero1", "fp32"), "ZeRO 3, bf16": ("zero3", "bf16")}
-START, UPDATE, BEGINS, SAVE, ENDS = (
+START, UPDATE, GATHERS, BEGINS, SAVE, ENDS = (
     "while it starts",
     "in an update",
+    "as the ranks gather what a save writes",
     "as a save begins",
     "in a save",
     "at the end of a save",
 )
-MOMENTS = {START: 1.8, UPDATE: 0.2, BEGINS: 0.01, SAVE: 0.3, ENDS: 0.01}
+MOMENTS = {START: 1.8, UPDATE: 0.2, GATHERS: 0.02, BEGINS: 0.01, SAVE: 0.3, ENDS: 0.01}
 """Kinds of moments, and how many seconds after one the kill comes at most."""
 BOTH = -1
 """Instead of a rank: all of them at once, as when the power goes."""
@@ -60,7 +61,7 @@ def make_plan(seed: str, kills: int) -> list[Kill]:
     draw = random.Random(seed)
     plan = []
     for _ in range(kills):
-        moment = draw.choice((START, UPDATE, BEGINS, SAVE, SAVE, ENDS))
+        moment = draw.choice((START, UPDATE, GATHERS, BEGINS, SAVE, SAVE, ENDS))
         plan.append(
             Kill(
                 victim=draw.choice((0, 0, 0, 1, 1, 1, BOTH)),
@@ -234,6 +235,9 @@ class Watch:
         if kill.moment == UPDATE:
             lines = whole.train_lines(run_dir)
             return bool(lines) and lines[-1]["step"] >= self._base + kill.nth
+        if kill.moment == GATHERS:  # right after the line of its update
+            lines, step = whole.train_lines(run_dir), EVERY * (self._base // EVERY + kill.nth)
+            return bool(lines) and lines[-1]["step"] >= step
         part = self._active_part()
         if part is not None:
             self._saves.add(part.name)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from faults import whole
-from faults.attempt import Attempt, until
+from faults.attempt import Attempt
 from faults.nursery import Nursery
 from faults.table import Row
 
@@ -98,7 +98,7 @@ class Starts:
         ) as attempt:
             process = attempt.processes()[victim]
             began = time.monotonic()
-            ended = until(lambda: not attempt.all_processes(), IN_TIME_S)
+            ended = attempt.wait(IN_TIME_S)
             took_s = time.monotonic() - began
             codes, said = attempt.codes(), attempt.said()
         told = moment.told.replace("rank N", f"rank {victim}").replace("PID", str(process))
