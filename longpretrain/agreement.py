@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from longpretrain.errors import InputError, from_system
+from longpretrain.errors import InputError, from_system, tell
 from longpretrain.ranks import Ranks
 from longpretrain.terminal import BAD_INPUT, FAILED
 
@@ -56,7 +55,7 @@ def agree(ranks: Ranks, prepare: Callable[[], T]) -> T | Refused:
         return result  # type: ignore[return-value]
     if ranks.is_first:
         for text in dict.fromkeys(text for text, _ in refused):
-            print(f"longpretrain train: {text}", file=sys.stderr)
+            tell(f"longpretrain train: {text}")
     return Refused(code=refused[0][1])
 
 
@@ -85,7 +84,7 @@ def need_alike(ranks: Ranks, find: Callable[[], Mapping[str, Fact]]) -> Refused 
     found = mismatches(everyone)
     if ranks.is_first:
         for error in found:
-            print(f"longpretrain train: {error}", file=sys.stderr, flush=True)
+            tell(f"longpretrain train: {error}")
     return Refused(code=BAD_INPUT) if found else None
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import traceback
-from typing import Any
+from typing import Any, TextIO
 
 
 class InputError(ValueError):
@@ -43,6 +44,21 @@ class RankLostError(InputError):
 
     The command line prints it like any other and exits with code 1.
     """
+
+
+def tell(text: str, stream: TextIO | None = None) -> None:
+    """Prints one line, to stderr if no stream is given, in one write.
+
+    Launchers start ranks as ``python -u``, where ``print`` writes the newline apart: two ranks'
+    lines would run together.
+
+    Raises:
+        OSError: as ``print`` does.
+    """
+    stream = stream or sys.stderr
+    if stream is not None:  # Python's, where it was closed
+        stream.write(f"{text}\n")
+        stream.flush()
 
 
 def _input_error(what: str, got: str, wanted: str, way_out: str) -> InputError:

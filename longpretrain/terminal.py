@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from longpretrain.errors import InputError, RankLostError, from_system
+from longpretrain.errors import InputError, RankLostError, from_system, tell
 
 BAD_INPUT = 2
 FAILED = 1
@@ -77,7 +77,7 @@ class Parser(argparse.ArgumentParser):
         if near:
             way_out = f"Did you mean {near[0]}? See {self.prog} --help."
         told = InputError(what, got=got, wanted=wanted.replace("'", ""), way_out=way_out)
-        print(f"{self.prog}: {told}", file=sys.stderr)
+        tell(f"{self.prog}: {told}")
         raise SystemExit(BAD_INPUT)
 
 
@@ -113,7 +113,7 @@ def exit_code(run: Callable[[], int], *, verb: str) -> int:
         told, code = found[0], BAD_INPUT if found[1] else FAILED
     rank = os.environ.get("RANK") or "0"
     place = f" (rank {rank})" if rank != "0" else ""
-    print(f"longpretrain {verb}{place}: {told}", file=sys.stderr)
+    tell(f"longpretrain {verb}{place}: {told}")
     return code
 
 

@@ -18,7 +18,7 @@ from longpretrain.engine import candidates, checkpoint, names, retention, run_fo
 from longpretrain.engine.loop import train
 from longpretrain.engine.signals import StopRequest
 from longpretrain.engine.watchdog import Watchdog, patience
-from longpretrain.errors import InputError
+from longpretrain.errors import InputError, tell
 from longpretrain.model.encoder import ModelConfig
 from longpretrain.ranks import Ranks, discover
 from longpretrain.report import metrics as journal
@@ -115,7 +115,7 @@ def _run_joined(
         watchdog.mark("the end of training")
         end(outcome.state, outcome.reason, outcome.step)
         if outcome.state == "failed" and ranks.is_first:
-            print(f"longpretrain train: {outcome.reason}", file=sys.stderr, flush=True)
+            tell(f"longpretrain train: {outcome.reason}")
     return _EXIT_CODES[outcome.state]
 
 
@@ -130,7 +130,7 @@ def _is_done(config: Config, ranks: Ranks, checkpoint_folder: Path) -> bool:
             names.write_status(config.run_dir, "done", reason=reason, step=step)
         _mend_pointer(config, checkpoint_folder)
         retention.remove_left_overs(config.run_dir)
-        print(f"{config.run_dir} is done, all {total} updates", flush=True)
+        tell(f"{config.run_dir} is done, all {total} updates", sys.stdout)
     return True
 
 
@@ -139,7 +139,7 @@ def _open(
 ) -> None:
     moved = held.enter_context(run_folder.opened(config, fresh=fresh))
     if moved:
-        print(f"--fresh: the old run was moved to {moved}", flush=True)
+        tell(f"--fresh: the old run was moved to {moved}", sys.stdout)
     if not fresh and candidates.seen(config.run_dir) != choice.seen:  # before it was locked
         raise InputError(
             f"run folder {config.run_dir}",

@@ -25,6 +25,7 @@ from longpretrain.engine import gather, zero
 from longpretrain.engine.gather import GatherError, Share, standing_share
 from longpretrain.engine.watchdog import _is_of_a_collective
 from longpretrain.engine.zero import MOMENTS, ZeroEngine
+from longpretrain.errors import tell
 from longpretrain.ranks import discover
 from longpretrain.recipe import from_tree
 
@@ -149,6 +150,6 @@ if __name__ == "__main__":
     for pair in PAIRS:
         line = check(*pair)
         if dist.get_rank() == 0:
-            print(line, flush=True)
-    print(check_lost(), flush=True)
+            tell(line, sys.stdout)
+    tell(check_lost(), sys.stdout)  # ranks at once: print would run their lines together
     os._exit(0)  # no group to leave in good order

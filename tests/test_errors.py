@@ -10,6 +10,7 @@ import pickle
 import resource
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -385,6 +386,19 @@ def test_every_word_of_argparse(verb: str, capsys: pytest.CaptureFixture[str]) -
         line = capsys.readouterr().err
         assert ": got " in line
         assert line.count("\n") == 1
+
+
+def test_a_line_is_one_write() -> None:
+    """Ranks are started as ``python -u``, where the newline of ``print`` is a write of its own."""
+    reader, writer = os.pipe2(os.O_DIRECT)  # of packets: a read gets one write
+    code = "from longpretrain.errors import tell; tell('ours'); print('theirs')"
+    try:
+        subprocess.run([sys.executable, "-u", "-c", code], stdout=writer, stderr=writer, check=True)
+        os.close(writer)
+        packets = list(iter(lambda: os.read(reader, 4096), b""))
+    finally:
+        os.close(reader)
+    assert packets == [b"ours\n", b"theirs", b"\n"]
 
 
 def test_an_error_travels_out_of_a_worker_process() -> None:

@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
 import tempfile
 import uuid
 import weakref
@@ -27,6 +26,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from longpretrain.errors import tell
 
 PREFIX = ".index-"
 """Names of index files in a corpus folder begin so; they are no part of the corpus."""
@@ -118,15 +119,15 @@ def load_index(folder: Path, key: Mapping[str, object], documents: int, build: B
     if found:
         return found
     if was_there:
-        _say(f"{path}: damaged, so it is built again")
+        tell(f"{path}: damaged, so it is built again")
     if documents >= _LONG:
-        _say(f"{folder}: indexing the blocks of {documents:,} documents, once")
+        tell(f"{folder}: indexing the blocks of {documents:,} documents, once")
     try:
         return _build_beside(path, text, build)
     except OSError as error:
         private = Path(tempfile.gettempdir())
         reason = error.strerror or str(error)
-        _say(f"{folder}: the index of its blocks cannot be kept there ({reason}): in {private}")
+        tell(f"{folder}: the index of its blocks cannot be kept there ({reason}): in {private}")
         return _build_private(private, text, build)
 
 
@@ -204,7 +205,3 @@ def _map(path: Path) -> BlockIndex:
         arrays[name] = data[start:end].view(dtype)
         start = -(-end // _ALIGNMENT) * _ALIGNMENT
     return BlockIndex(path, arrays, tree["facts"])
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from longpretrain.engine.names import (
     read_status,
     write_status,
 )
-from longpretrain.errors import InputError
+from longpretrain.errors import InputError, tell
 from longpretrain.files import PROBE, need_writable, remove_parts, write_atomically
 from longpretrain.ranks import Ranks
 from longpretrain.recipe import from_tree
@@ -190,7 +191,7 @@ def only_writer(run_dir: Path, *, announce: bool = True) -> Iterator[None]:
                 raise
             if announce:
                 how = "no locks on this file system; start one run at a time"
-                print(f"run folder {run_dir}: {how}", flush=True)
+                tell(f"run folder {run_dir}: {how}", sys.stdout)
         yield
 
 
@@ -214,7 +215,7 @@ def status(config: Config, ranks: Ranks) -> Iterator[Callable[[State, str, int],
             write_status(run_dir, state, reason=reason, step=step)
             # Why it failed is told as an error.
             what = state if state == "failed" else f"{state}: {reason}"
-            print(f"{what}, at step {step}; {run_dir / STATUS}", flush=True)
+            tell(f"{what}, at step {step}; {run_dir / STATUS}", sys.stdout)
         dist.barrier()
 
     try:

@@ -33,6 +33,7 @@ from longpretrain.engine.marks import Marks
 from longpretrain.engine.names import read_status
 from longpretrain.engine.sentinel import DEAF_TO, DUMP_SIGNAL, SHARED, source
 from longpretrain.engine.verdict import START_S
+from longpretrain.errors import tell
 from longpretrain.ranks import Ranks
 
 _FAILED = 1
@@ -194,11 +195,9 @@ class Watchdog:
                     self._up.set()
                 elif "unwatched" in message:
                     self._up.set()
-                    print(
+                    tell(
                         f"watchdog of rank {self._ranks.rank}: no answer of rank 0's at "
-                        f"{message['unwatched']}; a rank that dies may go unnoticed",
-                        file=sys.stderr,
-                        flush=True,
+                        f"{message['unwatched']}; a rank that dies may go unnoticed"
                     )
                 elif "over" in message:
                     self._is_through = True
@@ -223,7 +222,7 @@ class Watchdog:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 if stream is sys.stderr:
-                    print(f"longpretrain train{place}: {verdict}", file=stream)
+                    tell(f"longpretrain train{place}: {verdict}")
                 stream.flush()
         os._exit(_FAILED)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from longpretrain.errors import tell
 from longpretrain.report.line_file import LineFile
 
 
@@ -136,7 +137,7 @@ class Console:
             if self._bar is not None:
                 self._bar.write(text, file=self._out)
             else:
-                print(text, file=self._out, flush=True)
+                tell(text, self._out)
         except OSError as error:  # a closed terminal or pipe must not end a run of days
             self._out = None
             self._log.write(f"nothing more on the console: {error}")

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from longpretrain.errors import tell
 from longpretrain.report.line_file import LineFile
 
 FOLDER = "logs"
@@ -108,7 +109,7 @@ class RankLog:
     def _tell(self, text: str) -> None:
         stream = self._tees["stderr"].stream
         with contextlib.suppress(OSError, ValueError):
-            print(f"rank {self._rank}: {text}", file=stream, flush=True)
+            tell(f"rank {self._rank}: {text}", stream)
 
 
 class _Tee:
