@@ -1,5 +1,6 @@
 """One rank: after two updates, is its share of a checkpoint, bit for bit, what DeepSpeed gathers?
-Also if it is gathered while updates go on; and what do ranks see whose peer ends before it sends?
+Also if it is gathered while updates go on; and what do ranks see whose peer ends before it sends,
+or does not come?
 
     torchrun --nproc-per-node 3 tests/gather_driver.py
 
@@ -102,6 +103,24 @@ def check(precision: str, stage: int) -> str:
     return f"{precision} {stage}: {held}"
 
 
+def check_late() -> str:
+    """The last rank does not come to the exchange: the others wait as long as they are told to."""
+    gather._MARGIN_S = 4.0  # also for the ranks to find each other
+    config = from_tree({"precision": "fp32", "zero": {"config": "ds_configs/zero3.json"}})
+    engine = ZeroEngine(Odd(), config, accumulation=1)
+    share = Share(engine, Names(), hung_after_s=0.5)  # type: ignore[arg-type]
+    share.take()
+    told = ""
+    if dist.get_rank() < dist.get_world_size() - 1:
+        try:
+            share.gathered(lambda size: None)
+        except GatherError as error:
+            told = f"late: {str(error).splitlines()[0]}"
+    dist.barrier()  # training's own group is as it was
+    engine._engine.destroy()
+    return told
+
+
 def check_lost() -> str:
     """The last rank ends between the copy and the exchange."""
     config = from_tree({"precision": "fp32", "zero": {"config": "ds_configs/zero3.json"}})
@@ -151,5 +170,7 @@ if __name__ == "__main__":
         line = check(*pair)
         if dist.get_rank() == 0:
             tell(line, sys.stdout)
+    if late := check_late():
+        tell(late, sys.stdout)
     tell(check_lost(), sys.stdout)  # ranks at once: print would run their lines together
     os._exit(0)  # no group to leave in good order

@@ -331,6 +331,23 @@ class TestFailures:
         run.saver = run.new_saver()
         assert names(run.run_dir) == [], "what was left goes at the next start"
 
+    def test_an_error_elsewhere_is_told_though_the_thread_hangs(
+        self, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On a disk that does not answer, or ranks that are gone; it ends with the process."""
+        monkeypatch.setattr(saver, "_FAREWELL_S", 0.1)
+        run = start()
+        run.update()
+        run.task.open.clear()
+        run.saver.begin(run.state())
+        run.until(run.task.entered.is_set)
+        run.saver.__exit__(None, None, None)
+        hung = [thread for thread in threading.enumerate() if "saver" in thread.name]
+        assert [thread.daemon for thread in hung] == [True]
+        run.task.open.set()
+        hung[0].join(PATIENCE_S)
+        assert not hung[0].is_alive()
+
     def test_what_an_earlier_save_could_not_remove_goes_with_the_next(
         self, start: Callable[..., Run]
     ) -> None:

@@ -30,6 +30,7 @@ from longpretrain.engine.task import Task
 from longpretrain.engine.zero import MOMENTS, ZeroEngine
 
 _PIECE = 1 << 25
+_MARGIN_S = 60.0
 _KEYS = (None, *MOMENTS)
 _NOTHING: Mapping[str, torch.Tensor] = MappingProxyType({})
 
@@ -119,7 +120,7 @@ class Share:
         self._pieces = list(_in_pieces([place for place in self._places if place.travels]))
         self._is_nccl = bool(dist.get_backend() == "nccl")
         is_apart = bool(self._pieces) and not self._is_nccl
-        timeout = timedelta(seconds=2 * hung_after_s + 60) if hung_after_s else None
+        timeout = timedelta(seconds=2 * hung_after_s + _MARGIN_S) if hung_after_s else None
         self._group = dist.new_group(backend="gloo", timeout=timeout) if is_apart else None
         self._whole: dict[tuple[str, str | None], torch.Tensor] | None = None
         self._exchanges: list[_Exchange] = []

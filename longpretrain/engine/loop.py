@@ -169,23 +169,7 @@ def train(
             stop=stop,
             mark=mark,
         )
-        while progress.step < total:
-            update = _update(parts, progress)
-            step = progress.step
-            saver.advance(update.saver_flags)
-            if progress.skipped_in_a_row >= config.optim.max_skipped:
-                saver.finish()
-                forensics.give_up(progress.skipped_in_a_row, step, saver.saved_step)
-            if evaluate and _is_due(step, config.evaluate.every_steps, total):
-                mark(f"step {step}: evaluation")
-                _log_evaluation(metrics, step, evaluate, engine, mark)
-            if update.stop_asked:
-                break
-            # Weights that stand still need no new checkpoint; after a stretch of skipped updates
-            # the one before it is where to go on from.
-            if saver.is_due(step) and update.result.applied:
-                mark(f"step {step}: checkpoint")
-                saver.begin(_state(config, engine, task, progress))
+        _run_updates(parts, progress, evaluate)
         mark(f"step {progress.step}: checkpoint")
         problem = saver.save_last(_state(config, engine, task, progress))
     if problem:
@@ -194,6 +178,29 @@ def train(
         reason = stop.signal_name or "a signal at another rank"
         return Outcome(state="preempted", reason=reason, step=progress.step)
     return Outcome(state="done", reason=f"all {total} updates", step=progress.step)
+
+
+def _run_updates(parts: _Parts, progress: _Progress, evaluate: Evaluate | None) -> None:
+    """Updates, and what follows each, until the schedule ends or a signal asks to stop."""
+    config, saver = parts.config, parts.saver
+    total = config.schedule.total_steps
+    while progress.step < total:
+        update = _update(parts, progress)
+        step = progress.step
+        saver.advance(update.saver_flags)
+        if progress.skipped_in_a_row >= config.optim.max_skipped:
+            saver.finish()
+            parts.forensics.give_up(progress.skipped_in_a_row, step, saver.saved_step)
+        if evaluate and _is_due(step, config.evaluate.every_steps, total):
+            parts.mark(f"step {step}: evaluation")
+            _log_evaluation(parts.metrics, step, evaluate, parts.engine, parts.mark)
+        if update.stop_asked:
+            break
+        # Weights that stand still need no new checkpoint; after a stretch of skipped updates the
+        # one before it is where to go on from.
+        if saver.is_due(step) and update.result.applied:
+            parts.mark(f"step {step}: checkpoint")
+            saver.begin(_state(config, parts.engine, parts.task, progress))
 
 
 def _update(parts: _Parts, progress: _Progress) -> Update:
