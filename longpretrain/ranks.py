@@ -9,8 +9,11 @@ nesting counts, or the one that LONGPRETRAIN_LAUNCHER names; anything else is re
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import ipaddress
 import os
+import random
 import socket
 import subprocess
 from collections.abc import Mapping, MutableMapping
@@ -102,10 +105,15 @@ def publish(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody has now. Nor does a connection get it before it is used, as one that
+    the system chose: it is below the range that Linux hands out, and below those of Slurm's jobs.
+    """
+    for _ in range(1000):
+        port = random.SystemRandom().randrange(10_000, 20_000)  # never from the run's own seed
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise OSError(errno.EADDRINUSE, "no TCP port is free from 10000 to 20000")
 
 
 @dataclass(frozen=True, kw_only=True)

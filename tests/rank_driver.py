@@ -3,41 +3,43 @@
     torchrun --nproc-per-node 2 tests/rank_driver.py COMMANDS.json
 
 COMMANDS is a list of {"arguments": [...], "stop_after": step or null}. With ``stop_after`` the
-process sends itself SIGUSR1, as Slurm would, when metrics.jsonl shows that step. Rank 0 leaves its
+process sends itself SIGUSR1, as Slurm would, once metrics.jsonl has that step. Rank 0 leaves its
 exit codes in COMMANDS.codes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
-import threading
-import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from longpretrain.cli import main
 from longpretrain.engine import zero
+from longpretrain.report.metrics import MetricsLog
 
 
-def stop_after(run_dir: Path, step: int) -> threading.Thread:
-    """Sends this process SIGUSR1 once the run has logged a step."""
-    metrics = run_dir / "metrics.jsonl"
+@contextlib.contextmanager
+def stopped_after(step: int | None) -> Iterator[None]:
+    """Sends this process SIGUSR1 as soon as its run has logged a step; None does nothing."""
+    report = MetricsLog.report
 
-    def watch() -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            if metrics.is_file() and f'"step": {step},' in metrics.read_text(encoding="utf-8"):
-                os.kill(os.getpid(), signal.SIGUSR1)
-                return
-            time.sleep(0.01)
+    def and_stop(self: MetricsLog, line: Mapping[str, Any]) -> None:
+        report(self, line)
+        if (line["kind"], line["step"]) == ("train", step):
+            os.kill(os.getpid(), signal.SIGUSR1)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
+    MetricsLog.report = and_stop  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        MetricsLog.report = report  # type: ignore[method-assign]
 
 
 def drive(commands: list[dict[str, object]]) -> list[int]:
@@ -46,11 +48,9 @@ def drive(commands: list[dict[str, object]]) -> list[int]:
     codes = []
     for command in commands:
         arguments = [str(word) for word in command["arguments"]]  # type: ignore[attr-defined]
-        step = command.get("stop_after")
-        if step is not None and os.environ["RANK"] == "0":
-            run_dir = next(word for word in arguments if word.startswith("run.dir="))
-            stop_after(Path(run_dir.removeprefix("run.dir=")), int(str(step)))
-        codes.append(main(["train", *arguments]))
+        step = command.get("stop_after") if os.environ["RANK"] == "0" else None
+        with stopped_after(None if step is None else int(str(step))):
+            codes.append(main(["train", *arguments]))
     return codes
 
 

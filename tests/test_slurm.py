@@ -29,7 +29,10 @@ pytestmark = pytest.mark.skipif(bool(why_no_slurm()), reason=why_no_slurm())
 STEPS = 40
 COMMON = ("log.sample_ids=true", "evaluate.every_steps=0", f"schedule.total_steps={STEPS}")
 # Hidden dropout is drawn anew by each rank: without it, any number of them takes the same path.
-PLAIN = (*COMMON, "model.dropout=0", "checkpoint.every_steps=5")
+# More updates, too: Slurm is to preempt it before it is done.
+PLAIN = (
+    *COMMON[:2], "schedule.total_steps=60", "model.dropout=0", "checkpoint.every_steps=5",
+)  # fmt: skip
 QUIET = ("--exclude=n3,n4",)  # where nothing happens to a node
 ENDLESS = ("schedule.total_steps=100000", "checkpoint.every_steps=100000")
 

@@ -50,7 +50,8 @@ def accident(kind: str, scene: dict[str, Any]) -> None:
         ctypes.PyDLL(None).usleep(int(2.5e6 * scene["dead_after_s"]))
     elif kind in ("sentinel", "node"):
         sentinel = sentinel_of_this_process()
-        while not is_connected(sentinel, sockets=3 if scene["at"] == 0 else 1):
+        # Rank 0's has its listener, its own end, and one for each rank.
+        while not is_connected(sentinel, sockets=2 + scene["ranks"] if scene["at"] == 0 else 1):
             time.sleep(0.1)
         time.sleep(0.5)  # until the hub has seen it, too
         os.kill(sentinel, signal.SIGKILL)

@@ -29,7 +29,7 @@ from longpretrain.report.metrics import read_metrics
 SECTION = "Launchers"
 SCENARIOS = ("success", "failure", "preemption", "Ctrl-C")
 LIMIT = 1e-5
-SHORT, LONG = 2, 14
+SHORT, LONG = 2, 30
 """Updates of a run, and of one that is interrupted after its second."""
 NON_FINITE = "updates in a row that are not finite"
 

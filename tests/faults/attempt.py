@@ -80,6 +80,10 @@ class Attempt:
     def __exit__(self, *exception: object) -> None:
         self.kill_all()
 
+    def forked(self, rank: int) -> int:
+        """The process of a rank of ours, be it there or not."""
+        return self._forked[rank]
+
     def processes(self) -> dict[int, int]:
         """The process of each rank that is there now."""
         if self.way == PLAIN:

@@ -96,7 +96,7 @@ class Starts:
         with Attempt(
             run_dir=run_dir, words=self._words, nursery=self._nursery, faults=faults
         ) as attempt:
-            process = attempt.processes()[victim]
+            process = attempt.forked(victim)
             began = time.monotonic()
             ended = attempt.wait(IN_TIME_S)
             took_s = time.monotonic() - began
