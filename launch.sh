@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 ''':'
 # launch.sh RECIPE [key=value ...] [--fresh] [--dry-run]    starts all ranks of `longpretrain train`
-#   RANKS=2           how many (default: one per GPU; one without GPUs; in a Slurm allocation its tasks)
+#   RANKS=2           how many (default: one per GPU of CUDA_VISIBLE_DEVICES, else of the machine; one
+#                     without GPUs; in a Slurm allocation its tasks)
 #   LAUNCHER=...      deepspeed (default), torchrun, mpirun, srun (default in a Slurm allocation), or
 #                     sbatch: submits slurm/pretrain.sbatch with the options of slurm/env.sh
 #   MASTER_PORT=...   where ranks meet (default: a free port)
@@ -32,7 +33,12 @@ show() {  # a command as it would run
     printf '%q ' "${words[@]}"; echo
 }
 command -v python >/dev/null || refuse "python: got none on PATH and no $here/.venv; wanted an environment with longpretrain. Run make setup there, or activate one."
-gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)  # those of MIG follow, indented
+visible=()
+if [[ $gpus -gt 0 && -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    [[ $CUDA_VISIBLE_DEVICES == -1 ]] || IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
+    gpus=${#visible[@]}
+fi
 LAUNCHER=${LAUNCHER:-$([[ -n ${SLURM_JOB_ID:-} ]] && echo srun || echo deepspeed)}
 container=() sbatch_options=()
 if [[ $LAUNCHER == srun || $LAUNCHER == sbatch ]]; then
@@ -59,11 +65,19 @@ RANKS=${RANKS:-$((gpus > 0 ? gpus : 1))}
 export LONGPRETRAIN_WORLD_SIZE=$RANKS
 threads=${SLURM_CPUS_PER_TASK:-$(($(nproc) > RANKS ? $(nproc) / RANKS : 1))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
-port=${MASTER_PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+port=${MASTER_PORT:-$((RANDOM % 10000 + 10000))}  # below those that the system deals out to connections
+while [[ -z ${MASTER_PORT:-} ]] && (: </dev/tcp/127.0.0.1/"$port") 2>/dev/null; do port=$((RANDOM % 10000 + 10000)); done
 case $LAUNCHER in
     # It counts accelerators itself. A job is not told, which may get GPUs that this machine lacks.
     deepspeed) [[ $gpus -gt 0 ]] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} ;;&
-    deepspeed) start=(deepspeed --quiet --num_accelerators "$RANKS" --master_port "$port" "$here/launch.sh") ;;
+    deepspeed) start=(deepspeed --quiet --num_accelerators "$RANKS" --master_port "$port" "$here/launch.sh") ;;&
+    deepspeed)
+        [[ ${#visible[@]} -eq 0 ]] || { # beside a number it would take the first GPUs of the machine
+            [[ $RANKS -le $gpus ]] || refuse "RANKS: got $RANKS; wanted at most $gpus, as CUDA_VISIBLE_DEVICES is $CUDA_VISIBLE_DEVICES. Set one of them otherwise."
+            chosen=$(IFS=,; echo "${visible[*]:0:RANKS}")
+            [[ $chosen =~ ^[0-9,]+$ ]] || refuse "CUDA_VISIBLE_DEVICES: got $chosen; wanted numbers, the only names that deepspeed takes. Set those, or LAUNCHER=torchrun."
+            start=(deepspeed --quiet --include "localhost:$chosen" --master_port "$port" "$here/launch.sh")
+        } ;;
     torchrun) start=(torchrun --nproc-per-node "$RANKS" --master-port "$port" "$here/launch.sh") ;;
     mpirun) start=(mpirun -n "$RANKS" "$here/launch.sh") ;;
     srun) start=(srun "${overlap[@]}" --kill-on-bad-exit=1 --ntasks "$RANKS" "${container[@]}" "$here/launch.sh") ;;
@@ -103,6 +117,7 @@ stop() {
 }
 begin() {
     case $LAUNCHER in deepspeed | torchrun) trap '' USR1 USR2 ;; esac  # srun would not get them at all
+    [[ $LAUNCHER != deepspeed || ${#visible[@]} -eq 0 ]] || unset CUDA_VISIBLE_DEVICES  # it is told by name
     exec "${start[@]}" "$@"
 }
 set -m

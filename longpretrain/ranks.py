@@ -10,7 +10,6 @@ nesting counts, or the one that LONGPRETRAIN_LAUNCHER names; anything else is re
 from __future__ import annotations
 
 import contextlib
-import errno
 import ipaddress
 import os
 import random
@@ -108,12 +107,11 @@ def free_port() -> int:
     """A TCP port that nobody has now. Nor does a connection get it before it is used, as one that
     the system chose: it is below the range that Linux hands out, and below those of Slurm's jobs.
     """
-    for _ in range(1000):
+    while True:
         port = random.SystemRandom().randrange(10_000, 20_000)  # never from the run's own seed
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
             return port
-    raise OSError(errno.EADDRINUSE, "no TCP port is free from 10000 to 20000")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,19 @@ MOST_RESTARTS = "LONGPRETRAIN_MAX_RESTARTS"
 """How many restarts in a row may bring no new checkpoint; slurm/env.sh sets it."""
 PREEMPTED = 75
 _DEFAULT_MOST = 3
+_MOST_PAUSES, _PAUSE_S, _CALL_S = 5, 5.0, 15
+"""A controller that is busy, or fails over, is asked again: so often in all, for a job whose time
+is over has no more than KillWait (30 s by default).
+"""
+_REFUSALS = (
+    "Requested operation is presently disabled",  # a job of --no-requeue
+    "Requested operation not supported on this system",
+    "Invalid job id specified",
+    "Access/permission denied",
+    "Only batch jobs are accepted or processed",
+    "No such file or directory: 'scontrol'",
+)
+_IS_QUEUED = "Job is pending execution"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +73,8 @@ class Standing:
     """Its place is to be given to another job, or its time is over."""
     is_requeued: bool = False
     """By Slurm itself, as after the loss of a node."""
+    is_known: bool = True
+    """Slurm answered. Otherwise the rest is a guess."""
 
 
 def begin(config: Config, *, fresh: bool, environment: Mapping[str, str]) -> int:
@@ -79,6 +94,9 @@ def begin(config: Config, *, fresh: bool, environment: Mapping[str, str]) -> int
         if why_not:
             print(f"longpretrain train: job {job} is given up: {why_not}", file=sys.stderr)
             return FAILED
+    if not is_first:  # a node that goes down at every start must be counted before there is a run
+        with contextlib.suppress(OSError):  # what is wrong with the place is for the ranks to say
+            run_dir.mkdir(parents=True, exist_ok=True)
     if fresh and (is_first or seen.fresh_is_due):
         print("--fresh")
     _write(run_dir, job, replace(seen, is_open=True, began=time.time()))
@@ -98,9 +116,11 @@ def end(config: Config, code: int, *, warned: bool, environment: Mapping[str, st
         what the batch script should end with.
     """
     run_dir, job = config.run_dir, environment["SLURM_JOB_ID"]
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end of its time, or its requeue, as we ask
     seen = _read(run_dir, job) or Attempts()
     status = _status_of(run_dir, code, since=seen.began)
-    standing = _standing(job, environment)
+    controller = _Controller()
+    standing = _standing(controller, job, environment)
     standing = replace(standing, is_warned=standing.is_warned or warned)
     why_not, code = decide(status, code, standing)
     if not why_not and standing.is_requeued:  # counted when it begins again
@@ -115,8 +135,7 @@ def end(config: Config, code: int, *, warned: bool, environment: Mapping[str, st
     _write(run_dir, job, replace(seen, is_open=False))
     if not why_not:  # told before, as Slurm then ends the batch script and its processes
         print(f"longpretrain train: job {job} is requeued", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        why_not = _requeue(job)
+        why_not = _requeue(controller, job)
         _let_size_vary(job, environment)
     if why_not:
         what = f"job {job} is not requeued: {why_not}"
@@ -126,6 +145,9 @@ def end(config: Config, code: int, *, warned: bool, environment: Mapping[str, st
 
 def decide(status: Mapping[str, object], code: int, standing: Standing) -> tuple[str, int]:
     """Why a job should not go on, or ""; and what it ends with if it does not.
+
+    Where Slurm does not answer, a SIGTERM is taken for a preemption, not for scancel: a restart too
+    many is counted and can be cancelled, and a run that is not requeued loses days.
 
     Args:
         status: what this attempt left in status.json; empty if it did not get so far.
@@ -139,7 +161,8 @@ def decide(status: Mapping[str, object], code: int, standing: Standing) -> tuple
     if not (standing.is_running or standing.is_warned or standing.is_requeued):
         return "it was cancelled", code
     if state == "preempted":
-        is_asked = reason in ("SIGTERM", "SIGINT") and standing == Standing()
+        by_hand = ("SIGTERM", "SIGINT") if standing.is_known else ("SIGINT",)
+        is_asked = reason in by_hand and standing == Standing(is_known=standing.is_known)
         return f"{reason} asked it to stop" if is_asked else "", code
     # Once it trains, a machine may be to blame, and it has failed; what runs is another job's.
     was_refused = code == BAD_INPUT and state in (None, "running")
@@ -181,8 +204,8 @@ def _status_of(run_dir: Path, code: int, *, since: float) -> dict[str, object]:
     return {}
 
 
-def _standing(job: str, environment: Mapping[str, str]) -> Standing:
-    told = _scontrol("-o", "show", "job", job).stdout
+def _standing(controller: _Controller, job: str, environment: Mapping[str, str]) -> Standing:
+    told = controller.ask("-o", "show", "job", job).stdout
     fields_of_job = dict(re.findall(r"(\w+)=(\S*)", told))
     restarts = int(fields_of_job.get("Restarts", "0"))
     return Standing(
@@ -190,13 +213,43 @@ def _standing(job: str, environment: Mapping[str, str]) -> Standing:
         is_warned=fields_of_job.get("PreemptTime", "None") != "None"
         or fields_of_job.get("Reason") == "TimeLimit",
         is_requeued=restarts > int(environment.get("SLURM_RESTART_COUNT", "0")),
+        is_known="JobState" in fields_of_job,
     )
 
 
-def _requeue(job: str) -> str:
+def _requeue(controller: _Controller, job: str) -> str:
     """Puts the job back into the queue; returns what went wrong, or ""."""
-    finished = _scontrol("requeue", job)
-    return f"scontrol: {finished.stderr.strip()}" if finished.returncode else ""
+    finished = controller.ask("requeue", job)
+    is_queued = not finished.returncode or _IS_QUEUED in finished.stderr  # by a call timed out, say
+    return "" if is_queued else f"scontrol: {finished.stderr.strip()}"
+
+
+class _Controller:
+    """Slurm's, which is asked again where it does not answer: many jobs may be preempted at once.
+
+    The pauses are for all questions together, as the time to the end of the job is one.
+    """
+
+    def __init__(self) -> None:
+        self._pauses = 0
+
+    def ask(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """The first answer, a refusal, or what the last attempt came to."""
+        while True:
+            finished = _scontrol(*words)
+            is_answer = any(known in finished.stderr for known in (*_REFUSALS, _IS_QUEUED))
+            if not finished.returncode or is_answer or self._pauses == _MOST_PAUSES:
+                return finished
+            if not self._pauses:
+                again = f"asked again, up to {_MOST_PAUSES} times, {_PAUSE_S:g} s apart"
+                what = f"scontrol {' '.join(words)}: {finished.stderr.strip()}"
+                print(f"longpretrain train: {what}: {again}", file=sys.stderr, flush=True)
+            self._pauses += 1
+            _pause(_PAUSE_S)
+
+
+def _pause(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 def _let_size_vary(job: str, environment: Mapping[str, str]) -> None:
@@ -215,7 +268,7 @@ def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=_CALL_S,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(words, FAILED, "", str(error))

@@ -96,7 +96,13 @@ def agree_to_start(
 
     if odd := need_alike(ranks, lambda: run_facts.of_program(config, device.type, fresh=fresh)):
         return odd
-    refused = agree(ranks, lambda: _check_settings(config, ranks.world_size, device, fresh=fresh))
+
+    def check() -> None:
+        _check_settings(config, ranks.world_size, device, fresh=fresh)
+        if ranks.is_first:
+            run_folder.check_is_free(config.run_dir)
+
+    refused = agree(ranks, check)
     if isinstance(refused, Refused):
         return refused
     if odd := need_alike(ranks, lambda: run_facts.of_checkpoints(config)):

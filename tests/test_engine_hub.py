@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import socket
 import threading
 from pathlib import Path
@@ -97,9 +98,47 @@ def test_strangers_are_not_heard() -> None:
     assert not serving.is_alive()
 
 
+def test_ranks_that_all_end_while_stacks_are_waited_for(
+    run: dict[str, Any], tmp_path: Path
+) -> None:
+    """A launcher or a user ends a run that hangs at the very moment that the watchdog does."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    hub = Hub(listener, "token", Judge(2, 60.0, 5.0))
+    serving = threading.Thread(target=hub.run, daemon=True)
+    serving.start()
+    lines = [Lines.over(socket.create_connection(address, 30)) for _ in range(2)]
+    for rank, line in enumerate(lines):
+        line.send({"hello": rank, "token": "token", "host": f"n{rank}", "pid": 7, "place": "a"})
+        wait_for(line, "roster")
+    lines[0].send({"run": run})
+    wait_for(lines[1], "beat")
+    for line, mark in zip(lines, ("step 2: forward", "step 2: batch"), strict=True):
+        count = 4 if "forward" in mark else 3
+        line.send({"beat": 0, "count": count, "age_s": 9.0, "mark": mark, "stopped_s": 0.0})
+    for line in lines:
+        wait_for(line, "dump")
+    for rank, line in enumerate(lines):
+        line.send({"died": rank, "detail": "died of SIGTERM"})
+        line.send({"dumped": 0})
+    told = wait_for(lines[0], "verdict")
+    assert told["blamed"] == 1
+    who = "rank 1 (process 7 on n1) stands at step 2: batch, the others at step 2: forward"
+    stacks = f"stacks of all ranks in {tmp_path / 'stacks'}"
+    assert told["verdict"] == f"no progress for 5 s: {who}; {stacks}"
+    assert read_status(tmp_path)["reason"] == told["verdict"]
+    for line in lines:
+        line.close()
+    serving.join(30)
+    assert not serving.is_alive()
+
+
 def wait_for(line: Lines, key: str) -> dict[str, Any]:
     """The first message with a key."""
-    while (messages := line.receive()) is not None:
+    while select.select([line.reader], [], [], 30)[0]:
+        messages = line.receive()
+        if messages is None:
+            break
         for message in messages:
             if key in message:
                 return message

@@ -16,7 +16,7 @@ from ranks_helper import ROOT, rank_environment
 from torch.distributed import PrefixStore, TCPStore
 
 from longpretrain.engine import meeting
-from longpretrain.errors import InputError
+from longpretrain.errors import InputError, RankLostError
 from longpretrain.ranks import Ranks, free_port
 
 # A rank up to the process group, without the imports of the rest.
@@ -25,7 +25,7 @@ import signal, sys
 import torch.distributed as dist
 from longpretrain.engine.meeting import meet
 from longpretrain.engine.signals import StopRequest
-from longpretrain.errors import InputError
+from longpretrain.errors import InputError, RankLostError
 from longpretrain.ranks import discover
 
 try:
@@ -143,8 +143,15 @@ def test_a_port_of_another_program_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         port = other.getsockname()[1]
         with pytest.raises(InputError, match=rf"got 127.0.0.1:{port}, where rank 0 cannot listen"):
             meeting.meet(Ranks(world_size=2, master_port=port), lambda: False)
-        with pytest.raises(InputError, match="rank 0: got no answer for rank 1"):
+        with pytest.raises(RankLostError, match="rank 0: got no answer for rank 1"):
             meeting.meet(Ranks(rank=1, world_size=2, master_port=port), lambda: False)
+
+
+def test_who_does_not_come_may_do_another_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No bad input, after which a job would not be requeued: a node or its network is to blame."""
+    monkeypatch.setenv("LONGPRETRAIN_JOIN_TIMEOUT_S", "1")
+    with pytest.raises(RankLostError, match=r"ranks: got 1 of 2 in 1 s; rank 1 did not come"):
+        meeting.meet(Ranks(world_size=2, master_port=free_port()), lambda: False)
 
 
 def test_a_signal_ends_the_wait() -> None:

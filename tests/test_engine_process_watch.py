@@ -126,9 +126,11 @@ def test_a_pause_of_its_launcher_too_is_no_stop() -> None:
     try:
         watched = Watched(rank)
         os.kill(rank, signal.SIGSTOP)
-        until(lambda: watched.stopped_s(time.monotonic()) > 0, "no stop")
+        until(lambda: watched.stopped_s(time.monotonic()) > 0 and not watched.is_paused, "no stop")
         launcher.send_signal(signal.SIGSTOP)
-        until(lambda: watched.stopped_s(time.monotonic()) == 0, "no pause")
+        until(lambda: watched.stopped_s(time.monotonic()) == 0 and watched.is_paused, "no pause")
+        os.kill(rank, signal.SIGCONT)
+        until(lambda: watched.stopped_s(1.0) == 0 and not watched.is_paused, "still paused")
     finally:
         os.kill(rank, signal.SIGKILL)
         launcher.kill()

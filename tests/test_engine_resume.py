@@ -46,8 +46,8 @@ def status(run_dir: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def runs(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks, ZeRO 1: with dropout, started again when it is done, without, and with a global
-    token."""
+    """Two ranks, ZeRO 1: with dropout, started again when it is done, without, with a global
+    token, and asked to stop just before evaluations."""
     folder = tmp_path_factory.mktemp("resume")
     recipe = small_run / "recipe.yaml"
     no_dropout = ["model.dropout=0", "model.attention_dropout=0"]
@@ -56,15 +56,33 @@ def runs(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(folder, recipe, WHOLE),  # done: nothing to do
         train(folder, recipe, "no-dropout", *no_dropout),
         train(folder, recipe, "global", "model.global_tokens=first"),
+        train(folder, recipe, "asked", stop_after=3),  # which is to be evaluated
+        train(folder, recipe, "asked", stop_after=STEPS),
     ]
     two = drive(folder / "two", 2, commands)
-    assert two.exit_codes == [0, 0, 0, 0], two.output[-3000:]
+    assert two.exit_codes == [0, 0, 0, 0, 75, 0], two.output[-3000:]
     return folder
 
 
 def test_status_and_repeat(runs: Path) -> None:
     done = status(runs / WHOLE)
     assert (done["state"], done["step"]) == ("done", STEPS)
+
+
+def test_who_asks_to_stop_waits_for_no_evaluation(runs: Path) -> None:
+    """It is made up for; that of the last step, which nothing follows, comes after the save."""
+    lines = read_metrics(runs / "asked" / "metrics.jsonl")
+    assert deterministic(lines) == deterministic(read_metrics(runs / WHOLE / "metrics.jsonl"))
+    kinds = [
+        line["kind"] if line["kind"] != "event" else line["event"].split()[0]
+        for line in lines
+        if line["step"] in (3, STEPS)
+    ]
+    assert kinds[kinds.index("checkpoint") :] == [
+        "checkpoint", "resumed:", "training", "evaluation", "train", "checkpoint", "evaluation",
+    ]  # fmt: skip
+    found, wanted = tensors(runs / "asked"), tensors(runs / WHOLE)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_losses_fall_and_dropout_matters(runs: Path) -> None:

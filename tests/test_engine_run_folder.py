@@ -111,6 +111,11 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     refused = pytest.raises(InputError, match="a run that is going on")
+    with run_folder.only_writer(tmp_path), refused:
+        run_folder.check_is_free(tmp_path)
+    run_folder.check_is_free(tmp_path)
+    run_folder.check_is_free(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     with run_folder.only_writer(tmp_path), refused, run_folder.only_writer(tmp_path):
         pass
     with run_folder.only_writer(tmp_path):

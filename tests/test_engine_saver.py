@@ -212,6 +212,19 @@ class TestDue:
         run.saver.begin(run.state())
         assert not run.saver.is_due(3)
 
+    def test_by_the_clock_though_one_is_under_way(self, start: Callable[..., Run]) -> None:
+        """Else a disk that never answers would go unnoticed for ever: who waits is watched."""
+        run = start(every_steps=0, every_minutes=60)
+        run.task.open.clear()
+        run.update()
+        run.saver.begin(run.state())
+        run.until(run.task.entered.is_set)
+        run.update()
+        assert not run.saver.is_due(run.step)
+        run.saver._tried_at -= 3601
+        run.update()
+        assert run.saver.is_due(run.step)
+
     def test_never(self, start: Callable[..., Run]) -> None:
         run = start(every_steps=0)
         for _ in range(4):

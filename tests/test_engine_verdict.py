@@ -161,6 +161,23 @@ def test_a_pause_of_the_judge_itself_accuses_nobody() -> None:
     assert "gave no sign of life" in (made.verdict(512.0) or "")
 
 
+def test_a_pause_of_the_judge_itself_is_no_standing_still() -> None:
+    made = judge(2, hung_after_s=60.0)
+    beats(made, 100.0, age_s=50.0)
+    made.forget_pause(1000.0)
+    assert not made.is_hung(1000.0)
+    assert not made.is_hung(1060.0)
+    assert made.is_hung(1061.0)
+
+
+def test_ranks_that_wait_for_one_that_was_paused_are_no_hang() -> None:
+    """Where only its node was: its sentinel counts from the end of the pause, the others do not."""
+    made = judge(3, hung_after_s=60.0)
+    beats(made, 100.0, but=(1,), age_s=95.0)
+    made.beat(1, count=8, age_s=0.0, mark="step 4: forward", stopped_s=0.0, now=100.0)
+    assert not made.is_hung(100.0)
+
+
 def test_who_has_left_is_not_judged() -> None:
     made = judge()
     made.trouble(1, "died", "ended with exit code 0", 100.0)  # seen before its leave was heard

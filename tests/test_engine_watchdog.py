@@ -33,6 +33,7 @@ from longpretrain.ranks import Ranks
 
 DEAD_AFTER_S = 3.0
 HUNG_AFTER_S = 3.0
+PAUSED_HUNG_AFTER_S = 4.0
 IN_TIME_S = 15.0
 STEP = "step 8: batch"
 GONE = "is gone, and its node or its watchdog with it,"
@@ -52,6 +53,8 @@ SCENES = {
     "sentinel killed": (2, 1, "sentinel", False),
     "busy": (2, 1, "busy in C", False),
     "no accident": (3, -1, "", True),
+    "paused": (2, 0, "pause of all", True),
+    "paused, not the sentinels": (2, 0, "pause by Ctrl-Z", True),
     "signals": (2, -1, "signals", False),
     "hung": (3, 1, "hang", True),
     "hung in C": (2, 1, "hang in C", True),
@@ -132,6 +135,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Futur
             scene = {"folder": str(place), "ranks": ranks, "at": at, "accident": accident}
             scene |= {"step": 8, "dead_after_s": DEAD_AFTER_S}
             patience_s = HUNG_AFTER_S if accident else 20.0  # a busy machine may stand still
+            patience_s = PAUSED_HUNG_AFTER_S if "pause" in accident else patience_s
             scene |= {"hung_after_s": patience_s if watched else 0}
             played[name] = stages[number % 2].play(scene)
         yield played
@@ -222,9 +226,13 @@ def test_a_rank_without_its_sentinel_ends(scenes: dict[str, Future[Played]]) -> 
     assert re.fullmatch(told, scene.output(1)[0])
 
 
-@pytest.mark.parametrize("name", ["busy", "no accident", "signals"])
+@pytest.mark.parametrize(
+    "name", ["busy", "no accident", "signals", "paused", "paused, not the sentinels"]
+)
 def test_ranks_that_work_are_left_alone(scenes: dict[str, Future[Played]], name: str) -> None:
-    """Also one that holds the interpreter for longer than a dead rank's silence."""
+    """Also one that holds the interpreter for longer than a dead rank's silence, and a run that is
+    paused for longer than ranks may stand still.
+    """
     scene = scenes[name].result()
     assert set(scene.codes) == {0}
     for rank in range(len(scene.codes)):

@@ -167,6 +167,41 @@ def test_dry_run_prints_command_and_recipe(words: list[str]) -> None:
     assert yaml.safe_load(rest)["schedule"]["total_steps"] == 2
 
 
+@pytest.mark.parametrize(
+    ("visible", "more", "wanted"),
+    [
+        (None, {}, "deepspeed --quiet --num_accelerators 8 --master_port"),
+        ("2,3", {}, "deepspeed --quiet --include localhost:2,3 --master_port"),
+        ("2,3", {"RANKS": "1"}, "deepspeed --quiet --include localhost:2 --master_port"),
+        ("", {}, "deepspeed --quiet --num_accelerators 1 --master_port"),
+        ("-1", {}, "deepspeed --quiet --num_accelerators 1 --master_port"),
+        ("GPU-a,GPU-b", {"LAUNCHER": "torchrun"}, "torchrun --nproc-per-node 2 --master-port"),
+        (
+            "2,3",
+            {"RANKS": "4"},
+            "launch.sh: RANKS: got 4; wanted at most 2, as CUDA_VIS",
+        ),
+        ("GPU-a", {}, "launch.sh: CUDA_VISIBLE_DEVICES: got GPU-a; wanted numbers, the only names"),
+    ],
+)
+def test_the_gpus_that_are_visible(
+    words: list[str], tmp_path: Path, visible: str | None, more: dict[str, str], wanted: str
+) -> None:
+    """Eight of them, said to be there by a stand-in for nvidia-smi."""
+    stand_in = tmp_path / "nvidia-smi"
+    stand_in.write_text(
+        '#!/bin/sh\nfor n in 0 1 2 3 4 5 6 7; do echo "GPU $n: X (UUID: GPU-$n)"; done\n'
+        "echo '  MIG 1g.10gb     Device  0: (UUID: MIG-0)'\n"
+    )
+    stand_in.chmod(0o755)
+    more = more | {"PATH": f"{tmp_path}:{rank_environment()['PATH']}"}
+    if visible is not None:
+        more["CUDA_VISIBLE_DEVICES"] = visible
+    told = run([str(LAUNCH), *words, "--dry-run"], **more)
+    text = told.stderr if wanted.startswith("launch.sh") else told.stdout
+    assert text.replace("\\", "").startswith(wanted)
+
+
 def test_unknown_launcher_is_refused(words: list[str]) -> None:
     finished = run([str(LAUNCH), *words], LAUNCHER="ssh")
     assert finished.returncode == 2

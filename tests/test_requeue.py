@@ -15,16 +15,20 @@ from typing import Any
 import pytest
 import yaml
 
+from longpretrain import requeue
 from longpretrain.config import Config
 from longpretrain.engine import names
+from longpretrain.engine.run_folder import check_run_dir
 from longpretrain.errors import InputError
 from longpretrain.recipe import from_tree
 from longpretrain.requeue import Standing, begin, decide, end
 
 JOB = {"SLURM_JOB_ID": "7"}
+BUSY = "Unable to contact slurm controller (connect failure)"
 RUNNING, ENDED = Standing(), Standing(is_running=False)
 WARNED = Standing(is_warned=True)
 REQUEUED = Standing(is_running=False, is_requeued=True)
+UNKNOWN = Standing(is_known=False)
 DIED = {"state": "failed", "reason": "rank 1 (process 5 on n2) died"}
 
 
@@ -48,6 +52,14 @@ DIED = {"state": "failed", "reason": "rank 1 (process 5 on n2) died"}
         pytest.param({}, 143, ENDED, "it was cancelled", 143, id="scancel before the ranks ran"),
         pytest.param(
             {"state": "preempted", "reason": "SIGTERM"}, 143, REQUEUED, "", 75, id="a node was lost"
+        ),
+        pytest.param(
+            {"state": "preempted", "reason": "SIGTERM"}, 143, UNKNOWN, "", 75,
+            id="TERM, and Slurm does not say why",
+        ),
+        pytest.param(
+            {"state": "preempted", "reason": "SIGINT"}, 130, UNKNOWN, "SIGINT asked", 75,
+            id="INT, which Slurm gives to nobody",
         ),
         pytest.param({}, 75, WARNED, "", 75, id="stopped before the ranks ran"),
         pytest.param({}, 2, RUNNING, "would fail again", 2, id="bad input"),
@@ -83,14 +95,26 @@ class Job:
         self.config: Config = from_tree({"run": {"dir": str(self.run_dir)}})
         self.asked = folder / "asked"
         self.answer = folder / "answer"
+        self.failures = folder / "failures"
+        self.failures.mkdir()
+        self.pauses: list[float] = []
         self.says("JobState=RUNNING Reason=None Restarts=0 PreemptTime=None")
         tool = folder / "bin" / "scontrol"
         tool.parent.mkdir()
-        tool.write_text(f"#!/bin/sh\necho \"$@\" >> '{self.asked}'\ncat '{self.answer}'\n")
+        tool.write_text(
+            f"#!/bin/sh\necho \"$@\" >> '{self.asked}'\n"
+            f"[ $1 = -o ] && shift\nfile='{self.failures}'/$1\n"
+            "if [ -s $file ]; then head -1 $file >&2; sed -i 1d $file; exit 1; fi\n"
+            f"cat '{self.answer}'\n"
+        )
         tool.chmod(0o755)
 
     def says(self, text: str) -> None:
         self.answer.write_text(f"JobId=7 {text}\n")
+
+    def fails(self, question: str, *errors: str) -> None:
+        """What scontrol ends with, in this order, before it answers."""
+        (self.failures / question).write_text("".join(f"{error}\n" for error in errors))
 
     def leaves(self, state: str, reason: str = "", *, step: int = 0, time: float = 4e9) -> None:
         """What the ranks of an attempt leave."""
@@ -120,6 +144,7 @@ class Job:
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     found = Job(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(requeue, "_pause", found.pauses.append)
     before = signal.getsignal(signal.SIGTERM)
     yield found
     signal.signal(signal.SIGTERM, before)
@@ -171,6 +196,27 @@ def test_a_run_folder_that_was_never_made_counts_too(job: Job) -> None:
     assert job.end(1) == 0  # srun itself failed, say
     assert job.is_requeued()
     assert [path.name for path in job.run_dir.iterdir()] == [names.ATTEMPTS]
+
+
+def test_restarts_by_slurm_count_before_there_is_a_run_folder(
+    job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A node goes down at every start, and the batch script with it."""
+    assert job.begin(0) == 0
+    assert not job.run_dir.exists()
+    assert [job.begin(restarts, fresh=True) for restarts in (1, 2, 3, 4)] == [0, 0, 0, 1]
+    told = capsys.readouterr()
+    assert "3 restarts brought no new checkpoint" in told.err
+    assert "--fresh" not in told.out
+    assert [path.name for path in job.run_dir.iterdir()] == [names.ATTEMPTS]
+    for fresh in (False, True):  # to the ranks such a folder is a new one
+        check_run_dir(job.config, fresh=fresh)
+
+
+def test_a_place_that_takes_no_run_folder_is_left_to_the_ranks(job: Job) -> None:
+    job.run_dir.write_text("a file")
+    assert job.begin(1) == 0
+    assert job.run_dir.read_text() == "a file"
 
 
 def test_a_new_job_counts_from_zero(job: Job) -> None:
@@ -269,15 +315,115 @@ def test_a_damaged_note_is_none(job: Job) -> None:
         assert job.is_requeued()
 
 
-def test_slurm_that_refuses_is_told(
-    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("question", ["show", "requeue"])
+def test_a_controller_that_does_not_answer_is_asked_again(
+    job: Job, capsys: pytest.CaptureFixture[str], question: str
+) -> None:
+    """As it is busy, for many jobs are preempted at once, or as it fails over."""
+    job.begin(0)
+    job.leaves("preempted", "SIGTERM", step=4)
+    job.says("JobState=RUNNING Reason=None Restarts=0 PreemptTime=2026-11-22T15:36:59")
+    later = "Job can not be altered now, try again later"
+    job.fails(question, BUSY, BUSY, "Socket timed out on send/recv operation", later)
+    assert job.end(143) == 0
+    assert job.pauses == [5.0] * 4
+    assert job.is_requeued()
+    told = capsys.readouterr().err
+    assert told.count(BUSY) == 1
+    assert "asked again, up to 5 times, 5 s apart" in told
+
+
+def test_a_controller_that_stays_silent_is_given_up(
+    job: Job, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job.begin(0)
     job.leaves("preempted", "SIGUSR1", step=4)
-    refuses = "#!/bin/sh\n[ $1 != requeue ] || { echo 'it is disabled' >&2; exit 1; }"
-    (tmp_path / "bin" / "scontrol").write_text(refuses)
+    job.fails("show", BUSY, BUSY)
+    job.fails("requeue", *[BUSY] * 9)
+    assert job.end(75) == 75
+    assert sum(job.pauses) <= 25  # for both questions together
+    assert f"not requeued: scontrol: {BUSY}" in capsys.readouterr().err
+    assert job.asked.read_text().count("requeue 7\n") == 4
+
+
+def test_scancel_that_slurm_tells_of_late_is_still_one(job: Job) -> None:
+    job.begin(0)
+    job.leaves("preempted", "SIGTERM", step=4)
+    job.says("JobState=CANCELLED Reason=None Restarts=0 PreemptTime=None")
+    job.fails("show", BUSY, BUSY, BUSY)
+    assert job.end(143) == 75
+    assert not job.is_requeued()
+
+
+def test_sigterm_of_unknown_cause_is_requeued(job: Job) -> None:
+    """Slurm finds its words again after the last question of why."""
+    job.begin(0)
+    job.leaves("preempted", "SIGTERM", step=4)
+    job.fails("show", *[BUSY] * 6)
+    assert job.end(143) == 0
+    assert job.is_requeued()
+
+
+def test_a_requeue_whose_answer_was_lost_counts(job: Job) -> None:
+    job.begin(0)
+    job.leaves("preempted", "SIGUSR1", step=4)
+    job.fails("requeue", "Socket timed out on send/recv operation", "Job is pending execution")
+    assert job.end(75) == 0
+    assert len(job.pauses) == 1
+
+
+def test_a_sigterm_while_slurm_is_asked_ends_nothing(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job's time is over in the pause."""
+    job.begin(0)
+    job.leaves("preempted", "SIGUSR1", step=4)
+    job.fails("show", BUSY)
+    found: list[object] = []
+    monkeypatch.setattr(requeue, "_pause", lambda _: found.append(signal.getsignal(signal.SIGTERM)))
+    assert job.end(75) == 0
+    assert found == [signal.SIG_IGN]
+
+
+def test_a_call_that_hangs_is_cut_off(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.begin(0)
+    job.leaves("preempted", "SIGUSR1", step=4)
+    hangs = f"[ -e '{tmp_path}/hung' ] || {{ touch '{tmp_path}/hung'; exec sleep 60; }}"
+    (tmp_path / "bin" / "scontrol").write_text(f"#!/bin/sh\n{hangs}\n")
+    monkeypatch.setattr(requeue, "_CALL_S", 0.5)
+    assert job.end(75) == 0
+    assert "timed out after 0.5 seconds: asked again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "Requested operation is presently disabled for job 7",
+        "Invalid job id specified",
+        "Access/permission denied",
+    ],
+)
+def test_slurm_that_refuses_is_told(
+    job: Job, capsys: pytest.CaptureFixture[str], refusal: str
+) -> None:
+    job.begin(0)
+    job.leaves("preempted", "SIGUSR1", step=4)
+    job.fails("requeue", refusal)
     assert job.end(1) == 75
-    assert "not requeued: scontrol: it is disabled" in capsys.readouterr().err
+    assert f"not requeued: scontrol: {refusal}" in capsys.readouterr().err
+    assert not job.pauses
+
+
+def test_where_there_is_no_scontrol_nobody_waits(job: Job, tmp_path: Path) -> None:
+    job.begin(0)
+    job.leaves("failed", "rank 1 died")
+    (tmp_path / "bin" / "scontrol").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path / "bin"))
+        assert job.end(137) == 137
+    assert not job.pauses
 
 
 def test_nothing_heavy_is_imported() -> None:

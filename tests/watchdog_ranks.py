@@ -29,6 +29,8 @@ from longpretrain.engine.watchdog import Watchdog
 from longpretrain.ranks import Ranks, free_port
 
 STEPS = 60
+PAUSED = {"pause of all": (False, True), "pause by Ctrl-Z": (True, False)}
+"""Accident -> whether the launcher is stopped, and whether the sentinels are, besides the ranks."""
 
 
 def accident(kind: str, scene: dict[str, Any]) -> None:
@@ -46,10 +48,13 @@ def accident(kind: str, scene: dict[str, Any]) -> None:
         library, lock = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
         library.sem_init(lock, 0, 0)
         library.sem_wait(lock)  # holds the interpreter, and no signal ends it
+    elif kind in PAUSED:
+        for _ in range(50):  # a second of its own time, most of it after the pause
+            time.sleep(0.02)
     elif kind == "busy in C":
         ctypes.PyDLL(None).usleep(int(2.5e6 * scene["dead_after_s"]))
     elif kind in ("sentinel", "node"):
-        sentinel = sentinel_of_this_process()
+        sentinel = sentinel_of(os.getpid())
         # Rank 0's has its listener, its own end, and one for each rank.
         while not is_connected(sentinel, sockets=2 + scene["ranks"] if scene["at"] == 0 else 1):
             time.sleep(0.1)
@@ -59,9 +64,35 @@ def accident(kind: str, scene: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def sentinel_of_this_process() -> int:
-    """Its number: it is the only child."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii")
+def pause(pids: list[int], scene: dict[str, Any]) -> None:
+    """Stops all once a rank waits for it, for longer than ranks may stand still, in a process of
+    its own.
+    """
+    launcher = os.getpid()
+    if os.fork():
+        return
+    try:
+        os.setsid()  # who ends the launcher and the ranks must not leave sentinels stopped
+        os.close(1)
+        deadline = time.monotonic() + 60
+        while not (Path(scene["folder"]) / "accident").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with_launcher, with_sentinels = PAUSED[scene["accident"]]
+        sentinels = [sentinel_of(pid) for pid in pids]
+        group = [launcher] * with_launcher + pids + sentinels * with_sentinels
+        for pid in group:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(scene["hung_after_s"] + 1)
+        for pid in reversed(group):  # sentinels look before their ranks go on
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    finally:
+        os._exit(0)
+
+
+def sentinel_of(pid: int) -> int:
+    """The number of a rank's: it is the only child."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
     return int(children.split()[0])
 
 
@@ -87,7 +118,11 @@ def run_rank(ranks: Ranks, scene: dict[str, Any]) -> None:
     with Watchdog(ranks, settings) as watchdog:
         if scene["accident"] == "signals":  # launchers send them to all they find
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-                os.kill(sentinel_of_this_process(), number)
+                os.kill(sentinel_of(os.getpid()), number)
+        if scene["accident"] in PAUSED:  # all sentinels are there, as in a run that goes on
+            while not watchdog.is_up:
+                time.sleep(0.01)
+            dist.barrier()
         watchdog.opened(run_dir)
         with watchdog.telling():
             for step in range(1, STEPS + 1):
@@ -127,6 +162,8 @@ def play(scene: dict[str, Any]) -> dict[str, Any]:
     """Starts the ranks of a scene and waits for all."""
     port = free_port()
     pids = {fork_rank(rank, port, scene): rank for rank in range(scene["ranks"])}
+    if scene["accident"] in PAUSED:
+        pause(list(pids), scene)
     codes: dict[int, int] = {}
     ended: dict[int, float] = {}
     struck: float | None = None

@@ -129,8 +129,7 @@ class Hub:
         if verdict:
             return self._end(verdict, self._judge.blamed())
         if self._judge.is_hung(now):
-            behind = self._judge.behind() or self._judge.here()
-            return self._end(self._hung(), behind[0].rank)
+            return self._hung()
         if self._judge.is_over(now, _FAREWELL_S):
             self._tell({"over": True})
             return now + _LINGER_S
@@ -145,15 +144,19 @@ class Hub:
         self._tell({"verdict": verdict, "blamed": blamed})
         return time.monotonic() + _LINGER_S
 
-    def _hung(self) -> str:
-        wanted = {seen.rank for seen in self._judge.here()}
+    def _hung(self) -> float:
+        # Who stands where is taken first: ranks may end, even all, while stacks are waited for.
+        here = self._judge.here()
+        blamed = (self._judge.behind() or here)[0].rank
+        verdict = self._judge.hung_sentence(_stacks(self._run))
+        wanted = {seen.rank for seen in here}
         self._tell({"dump": True})
         until = time.monotonic() + _DUMP_S
         while not wanted <= self._dumped and time.monotonic() < until:
             for descriptor, _ in self._poll.poll(_POLL_S):
                 if descriptor != self._listener.fileno():
                     self._hear(descriptor)
-        return self._judge.hung_sentence(_stacks(self._run))
+        return self._end(verdict, blamed)
 
     def _tell(self, message: Message) -> None:
         for line in self._lines.values():

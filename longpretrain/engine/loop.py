@@ -28,7 +28,13 @@ from longpretrain.engine.loader import Loader
 from longpretrain.engine.saver import Saver
 from longpretrain.engine.signals import StopRequest
 from longpretrain.engine.task import Task
-from longpretrain.engine.update import Update, gather_sample_ids, slowest_rank, update_all
+from longpretrain.engine.update import (
+    Update,
+    anyone_asked,
+    gather_sample_ids,
+    slowest_rank,
+    update_all,
+)
 from longpretrain.engine.zero import ZeroEngine
 from longpretrain.errors import InputError
 from longpretrain.ranks import Ranks
@@ -37,7 +43,7 @@ from longpretrain.schedule import hidden_dropout_seed, learning_rate
 
 Evaluate = Callable[[ZeroEngine, Callable[[], None]], tuple[float, int]]
 """Scores held-out data with all ranks: (summed nats, masked tokens), the same on each; calls the
-function when it has got on."""
+function before each forward pass, on every rank as often."""
 
 Mark = Callable[[str], None]
 """Takes what a rank does next, such as "step 12: batch"."""
@@ -184,6 +190,8 @@ def _run_updates(parts: _Parts, progress: _Progress, evaluate: Evaluate | None) 
     """Updates, and what follows each, until the schedule ends or a signal asks to stop."""
     config, saver = parts.config, parts.saver
     total = config.schedule.total_steps
+    if evaluate and _is_owed(parts, progress) and not _evaluate(parts, progress, evaluate):
+        return
     while progress.step < total:
         update = _update(parts, progress)
         step = progress.step
@@ -191,9 +199,9 @@ def _run_updates(parts: _Parts, progress: _Progress, evaluate: Evaluate | None) 
         if progress.skipped_in_a_row >= config.optim.max_skipped:
             saver.finish()
             parts.forensics.give_up(progress.skipped_in_a_row, step, saver.saved_step)
-        if evaluate and _is_due(step, config.evaluate.every_steps, total):
-            parts.mark(f"step {step}: evaluation")
-            _log_evaluation(parts.metrics, step, evaluate, parts.engine, parts.mark)
+        is_due = _is_due(step, config.evaluate.every_steps, total)
+        if evaluate and is_due and not _evaluate(parts, progress, evaluate):
+            break
         if update.stop_asked:
             break
         # Weights that stand still need no new checkpoint; after a stretch of skipped updates the
@@ -295,14 +303,49 @@ def _log_update(
     )
 
 
-def _log_evaluation(
-    metrics: MetricsLog, step: int, evaluate: Evaluate, engine: ZeroEngine, mark: Mark
-) -> None:
+class _StopAskedError(Exception):
+    """Breaks an evaluation off, on all ranks alike."""
+
+
+def _is_owed(parts: _Parts, progress: _Progress) -> bool:
+    """Whether the run was stopped before an evaluation was through, after the checkpoint's step."""
+    step, config = progress.step, parts.config
+    if not step or not _is_due(step, config.evaluate.every_steps, config.schedule.total_steps):
+        return False
+    answer = [not parts.metrics.has_evaluation(step)]
+    dist.broadcast_object_list(answer)  # rank 0 knows
+    return answer[0]
+
+
+def _evaluate(parts: _Parts, progress: _Progress, evaluate: Evaluate) -> bool:
+    """Scores held-out data, and whether it came to an end. A signal that asks to stop may leave no
+    time for it: it is put off until the run goes on. After the last update it never does; there the
+    checkpoint is written first.
+    """
+    step, engine = progress.step, parts.engine
+    is_last, is_stopped = step == parts.config.schedule.total_steps, False
     started = time.monotonic()
+
+    def goes_on() -> None:
+        nonlocal is_stopped
+        parts.mark(f"step {step}: evaluation")
+        if is_stopped or not anyone_asked(parts.stop, parts.device):
+            return
+        is_stopped = True
+        if not is_last:
+            raise _StopAskedError
+        parts.saver.begin(_state(parts.config, engine, parts.task, progress))
+        parts.saver.finish()
+
     engine.train(False)
-    nats, count = evaluate(engine, lambda: mark(f"step {step}: evaluation"))
-    engine.train()
-    metrics.report(
+    try:
+        nats, count = evaluate(engine, goes_on)
+    except _StopAskedError:
+        parts.metrics.say(f"step {step}: asked to stop; it is evaluated when the run goes on")
+        return False
+    finally:
+        engine.train()
+    parts.metrics.report(
         {
             "kind": "evaluation",
             "step": step,
@@ -311,6 +354,7 @@ def _log_evaluation(
             "evaluation_s": time.monotonic() - started,
         }
     )
+    return True
 
 
 def _state(config: Config, engine: ZeroEngine, task: Task, progress: _Progress) -> dict[str, Any]:

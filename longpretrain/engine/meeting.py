@@ -70,8 +70,9 @@ def meet(ranks: Ranks, is_stopped: Callable[[], bool], watch: Watch | None = Non
         watch: is up when this returns; on all ranks, or on none.
 
     Raises:
-        InputError: a rank number twice, world sizes that differ, or a rank that did not come.
-        RankLostError: a rank that came and ended.
+        InputError: a rank number twice, or world sizes that differ.
+        RankLostError: a rank that did not come, or came and ended: a node or its network may be to
+            blame, and another attempt find others.
         RuntimeError: rank 0 left, and ``watch`` is up, which can say why.
         KeyboardInterrupt: ``is_stopped``.
     """
@@ -282,10 +283,10 @@ def _sign(room: Store, ranks: Ranks, wait: _Wait, watch: Watch | None) -> str:
 def _judge(room: Store, ranks: Ranks, wait: _Wait) -> str:
     """Rank 0 waits for all, or for an objection; returns what every rank shall be told."""
 
-    def someone_is_missing() -> InputError:
+    def someone_is_missing() -> RankLostError:
         missing = [n for n in range(ranks.world_size) if not room.check([f"rank {n}"])]
         listed = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-        return InputError(
+        return RankLostError(
             "ranks",
             got=f"{ranks.world_size - len(missing)} of {ranks.world_size} in "
             f"{wait.timeout_s:g} s; rank {listed} did not come",
@@ -363,8 +364,8 @@ def _twice(ranks: Ranks, holder: str) -> InputError:
     )
 
 
-def _nobody(ranks: Ranks) -> InputError:
-    return InputError(
+def _nobody(ranks: Ranks) -> RankLostError:
+    return RankLostError(
         "rank 0",
         got=f"no answer for rank {ranks.rank} at {ranks.master_addr}:{ranks.master_port}",
         wanted="rank 0 of the same run there",

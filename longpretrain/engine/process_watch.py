@@ -31,6 +31,8 @@ class Watched:
     def __init__(self, pid: int, *, is_parent: bool = False) -> None:
         self.pid = pid
         self._stopped_since: float | None = None
+        self.is_paused = False
+        """Whether ``stopped_s`` last saw it stopped together with its launcher."""
         self.handle = _parent_handle(pid) if is_parent else _handle(pid)
         """Readable from the process's end on. An epoll over several gives the order of ends."""
 
@@ -61,8 +63,9 @@ class Watched:
         """
         fields = _fields(self.pid)
         launcher = _fields(int(fields[_PARENT])) if fields else None
-        is_paused = launcher is not None and launcher[_STATE] in "Tt"
-        if not fields or fields[_STATE] not in "Tt" or is_paused:
+        is_stopped = fields is not None and fields[_STATE] in "Tt"
+        self.is_paused = is_stopped and launcher is not None and launcher[_STATE] in "Tt"
+        if not is_stopped or self.is_paused:
             self._stopped_since = None
             return 0.0
         if self._stopped_since is None:

@@ -166,6 +166,31 @@ def opened(config: Config, *, fresh: bool) -> Iterator[Path | None]:
         yield moved
 
 
+def check_is_free(run_dir: Path) -> None:
+    """Looks at the lock without taking it, before the ranks look at checkpoints, which a run that
+    goes on adds to and removes.
+
+    Raises:
+        InputError: another process writes this run.
+    """
+    try:
+        with (run_dir / LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _in_use(run_dir) from error
+    except OSError:  # no run yet, or no locks there: only_writer tells
+        return
+
+
+def _in_use(run_dir: Path) -> InputError:
+    return InputError(
+        f"run folder {run_dir}",
+        got="a run that is going on",
+        wanted="one writer at a time",
+        way_out="Wait for it or stop it, or give another run.dir.",
+    )
+
+
 @contextlib.contextmanager
 def only_writer(run_dir: Path, *, announce: bool = True) -> Iterator[None]:
     """Holds the run folder's lock while the block runs; the system frees it if the process dies.
@@ -180,12 +205,7 @@ def only_writer(run_dir: Path, *, announce: bool = True) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(
-                f"run folder {run_dir}",
-                got="a run that is going on",
-                wanted="one writer at a time",
-                way_out="Wait for it or stop it, or give another run.dir.",
-            ) from error
+            raise _in_use(run_dir) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise

@@ -217,13 +217,13 @@ class Saver:
 
     def _is_due_here(self) -> bool:
         """By the clock of rank 0: clocks differ."""
+        if self._rank:
+            return False
         waited_s = time.monotonic() - self._tried_at
         minutes = self._config.checkpoint.every_minutes
-        if self._rank or self._save is not None:
-            return False
-        return bool(
-            (minutes and waited_s >= 60 * minutes) or (self._retry_s and waited_s >= self._retry_s)
-        )
+        if minutes and waited_s >= 60 * minutes:
+            return True  # also with one under way: a disk that never answers is noticed by a wait
+        return bool(self._save is None and self._retry_s and waited_s >= self._retry_s)
 
     def _run(self, save: Save, work: Callable[[Job], None]) -> None:
         """Starts a thread of this phase; what goes wrong in it is kept."""

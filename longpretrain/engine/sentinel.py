@@ -39,7 +39,7 @@ DEAF_TO = (
 )  # fmt: skip
 _TICK_S = 1.0
 _PAUSE_S = 2.0
-"""Between two turns of the loop: longer, and this process was stopped itself, as by Ctrl-Z."""
+"""How late a beat may be: later, and this process was stopped itself, as by Ctrl-Z or Slurm."""
 _CONNECT_S = 20.0
 """How long it tries to reach the hub, which may start later; each try takes ``_ANSWER_S`` at most.
 """
@@ -71,7 +71,9 @@ class Sentinel:
         self._parent = Lines(0, 1)
         self._own = Watched(facts["pid"], is_parent=True)
         self._hub: Lines | None = None
+        self._tick_s = min(_TICK_S, facts["dead_after_s"] / 4)
         self._hub_name, self._heard_at = "rank 0", time.monotonic()
+        self._beat_at, self._age_from = self._heard_at, 0.0
         self._connect_until: float | None = self._heard_at + _CONNECT_S
         self._unsaid: list[Message] = []
         self._here: dict[int, tuple[int, Watched]] = {}
@@ -90,8 +92,7 @@ class Sentinel:
         self._connect()
         self._poll.register(self._parent.reader, select.EPOLLIN)
         self._follow(self._rank, self._own)
-        tick_s = min(_TICK_S, self._facts["dead_after_s"] / 4)
-        at = woke = time.monotonic()
+        at = time.monotonic()
         while not self._is_through and (self._until is None or time.monotonic() < self._until):
             pause_s = max(0.0, at - time.monotonic())
             for descriptor, _ in self._poll.poll(pause_s if self._hub else min(pause_s, 0.2)):
@@ -99,12 +100,8 @@ class Sentinel:
             if self._hub is None:
                 self._connect()
             now = time.monotonic()
-            if now - woke > tick_s + _PAUSE_S:
-                self._heard_at = now
-                self._own.forget_pause()
-            woke = now
             if now >= at:
-                at = now + tick_s
+                at = now + self._tick_s
                 self._beat(now)
 
     def close(self) -> None:
@@ -121,11 +118,18 @@ class Sentinel:
             self._see_end(descriptor)
 
     def _beat(self, now: float) -> None:
+        if now - self._beat_at > self._tick_s + _PAUSE_S:
+            self._heard_at = self._age_from = now
+            self._own.forget_pause()
+        self._beat_at = now
         count, at, mark = read_mark(self._marks)
         stopped_s = self._own.stopped_s(now)
+        if self._own.is_paused:
+            self._age_from = now
+        age_s = now - max(at, self._age_from)  # a rank that is paused makes no marks
         if self._hub:
             self._hub.send(
-                {"beat": 0, "count": count, "age_s": now - at, "mark": mark, "stopped_s": stopped_s}
+                {"beat": 0, "count": count, "age_s": age_s, "mark": mark, "stopped_s": stopped_s}
             )
         if self._hub and now - self._heard_at > self._facts["dead_after_s"]:
             self._end_alone(f"gave no sign of life for {now - self._heard_at:.0f} s")

@@ -128,6 +128,11 @@ def gather_sample_ids(task: Task, micro_batches: list[Batch]) -> list[int]:
     ]
 
 
+def anyone_asked(stop: StopRequest, device: torch.device) -> bool:
+    """Whether a rank was asked to stop; the same answer on all, which call it together."""
+    return _sum_over_ranks([float(stop.asked)], device)[0] > 0
+
+
 def _sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     vector = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(vector)

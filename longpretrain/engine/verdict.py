@@ -41,7 +41,7 @@ class Seen:
     count: int = 0
     """Marks that its main thread has made."""
     age_s: float = 0.0
-    """Since the last of them, as of ``heard_at``."""
+    """Since the last of them, or the end of a pause after it, as of ``heard_at``."""
     mark: str = "its start"
     stopped_s: float = 0.0
     has_left: bool = False
@@ -108,9 +108,11 @@ class Judge:
             self._decide_at = self._decide_at if self._order else None
 
     def forget_pause(self, now: float) -> None:
-        """This process itself was stopped for a while: silence of that time says nothing."""
+        """This process itself was stopped for a while: that time says nothing, neither by silence
+        nor by marks that were not made.
+        """
         for seen in self.watched.values():
-            seen.heard_at, seen.stopped_s = now, 0.0
+            seen.heard_at, seen.stopped_s, seen.age_s = now, 0.0, 0.0
 
     def verdict(self, now: float) -> str | None:
         """The sentence to end the run with, or None."""

@@ -193,6 +193,14 @@ class MetricsLog:
         known = {"train": self._train, "evaluation": self._evaluation, "event": self._event}
         known[line["kind"]](dict(line))
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether a line tells of an evaluation after this step; False on ranks that do not
+        write.
+        """
+        return self._is_writer and any(
+            (line["kind"], line["step"]) == ("evaluation", step) for line in read_metrics(self.path)
+        )
+
     def say(self, text: str) -> None:
         """A line for people: console and log.txt, not the metrics."""
         if self._is_writer:
