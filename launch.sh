@@ -59,6 +59,8 @@ if [[ $LAUNCHER == sbatch ]]; then
     cat "$here/slurm/pretrain.sbatch"; echo "$resolved"
     exit
 fi
+# A variable that hides all GPUs: deepspeed shows its ranks one even so; they read this.
+[[ ${CUDA_VISIBLE_DEVICES-0} != "" && ${CUDA_VISIBLE_DEVICES-0} != -1 ]] || export LONGPRETRAIN_NO_GPU=1
 [[ $LAUNCHER != srun ]] || RANKS=${RANKS:-${SLURM_NTASKS:-1}}
 RANKS=${RANKS:-$((gpus > 0 ? gpus : 1))}
 [[ $RANKS =~ ^[1-9][0-9]*$ ]] || refuse "RANKS: got $RANKS; wanted 1 or more. Set it, or leave it out."
@@ -135,9 +137,12 @@ exit $code
 # shellcheck disable=SC2317  # the here-document hides the Python part from bash
 : <<'pass'
 '''
+import os
 import sys
 from pathlib import Path
 
+if os.environ.get("LONGPRETRAIN_NO_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":

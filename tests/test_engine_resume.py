@@ -70,7 +70,7 @@ def test_status_and_repeat(runs: Path) -> None:
 
 
 def test_who_asks_to_stop_waits_for_no_evaluation(runs: Path) -> None:
-    """It is made up for; that of the last step, which nothing follows, comes after the save."""
+    """It is made up for; that of the last step, which nothing follows, is made all the same."""
     lines = read_metrics(runs / "asked" / "metrics.jsonl")
     assert deterministic(lines) == deterministic(read_metrics(runs / WHOLE / "metrics.jsonl"))
     kinds = [
@@ -79,7 +79,7 @@ def test_who_asks_to_stop_waits_for_no_evaluation(runs: Path) -> None:
         if line["step"] in (3, STEPS)
     ]
     assert kinds[kinds.index("checkpoint") :] == [
-        "checkpoint", "resumed:", "training", "evaluation", "train", "checkpoint", "evaluation",
+        "checkpoint", "resumed:", "training", "evaluation", "train", "evaluation", "checkpoint",
     ]  # fmt: skip
     found, wanted = tensors(runs / "asked"), tensors(runs / WHOLE)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

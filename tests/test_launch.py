@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -200,6 +201,20 @@ def test_the_gpus_that_are_visible(
     told = run([str(LAUNCH), *words, "--dry-run"], **more)
     text = told.stderr if wanted.startswith("launch.sh") else told.stdout
     assert text.replace("\\", "").startswith(wanted)
+
+
+@pytest.mark.parametrize("visible", ["", "-1"])
+def test_hidden_gpus_stay_hidden_from_a_rank(visible: str) -> None:
+    """As deepspeed starts it, which sets the variable anew."""
+    shown = "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    head = LAUNCH.read_text().split("sys.path.insert")[0].split("<<'pass'")[1].split("\n", 2)[2]
+    code = [sys.executable, "-c", f"{head}\n{shown}"]
+    assert run(code, CUDA_VISIBLE_DEVICES="0", LONGPRETRAIN_NO_GPU="1").stdout == "''\n"
+    assert run(code, CUDA_VISIBLE_DEVICES="0").stdout == "'0'\n"
+    line = next(line for line in LAUNCH.read_text().splitlines() if "LONGPRETRAIN_NO_GPU=1" in line)
+    bash = ["bash", "-c", f'{line}; echo "$LONGPRETRAIN_NO_GPU"']
+    assert run(bash, CUDA_VISIBLE_DEVICES=visible).stdout == "1\n"
+    assert run(bash, CUDA_VISIBLE_DEVICES="2,3").stdout == "\n"
 
 
 def test_unknown_launcher_is_refused(words: list[str]) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -168,7 +169,8 @@ def test_asked_to_end(text, whole, tmp_path, number):
     said = process.communicate()[0]
     assert process.returncode != 0
     kept = parts_of(out)
-    assert f"said: {len(kept)} of " in said
+    counted = int(re.search(r"said: (\d+) of ", said)[1])
+    assert 0 <= len(kept) - counted <= 2, "each worker may finish one more meanwhile"
     assert "run the same command again to go on from there" in said
     assert len(kept) > 3
     process = start(text, out)

@@ -319,23 +319,17 @@ def _is_owed(parts: _Parts, progress: _Progress) -> bool:
 
 def _evaluate(parts: _Parts, progress: _Progress, evaluate: Evaluate) -> bool:
     """Scores held-out data, and whether it came to an end. A signal that asks to stop may leave no
-    time for it: it is put off until the run goes on. After the last update it never does; there the
-    checkpoint is written first.
+    time for it: it is put off until the run goes on. After the last update it never would; there a
+    run that is killed goes on from the checkpoint before.
     """
     step, engine = progress.step, parts.engine
-    is_last, is_stopped = step == parts.config.schedule.total_steps, False
+    is_last = step == parts.config.schedule.total_steps
     started = time.monotonic()
 
     def goes_on() -> None:
-        nonlocal is_stopped
         parts.mark(f"step {step}: evaluation")
-        if is_stopped or not anyone_asked(parts.stop, parts.device):
-            return
-        is_stopped = True
-        if not is_last:
+        if not is_last and anyone_asked(parts.stop, parts.device):
             raise _StopAskedError
-        parts.saver.begin(_state(parts.config, engine, parts.task, progress))
-        parts.saver.finish()
 
     engine.train(False)
     try:
